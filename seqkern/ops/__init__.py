@@ -1,0 +1,1 @@
+"""The ops: registration with torch.library, autograd, argument checks, public functions."""
