@@ -147,3 +147,37 @@ def weight_names(op: str, mode: str, directions: int, count: int) -> list[str]:
         )
     bias = ["b_ih", "b_hh"] if per_direction >= 4 else []
     return ["w_ih", "w_hh", *bias, *(["w_hr"] if per_direction % 2 else [])]
+
+
+def check_recurrent_backward(
+    op: str,
+    mode: str,
+    x: Tensor,
+    h0: Tensor,
+    weights: list[Tensor],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """What the backward takes besides the forward's arguments: gradients and saved tensors.
+
+    Raises:
+        ValueError: a size, dtype or device does not match.
+    """
+    directions, batch, outputs = h0.shape
+    hidden = weights[0].size(0) // GATES[mode]
+    rows = x.shape[:-1].numel()
+    y_shape = (*x.shape[:-1], directions * outputs)
+    saved_gates = mode in ("LSTM", "GRU")
+    lstm = mode == "LSTM"
+    expected = {
+        "dy": (grads[0], y_shape),
+        "dh_n": (grads[1], tuple(h0.shape)),
+        "dc_n": (grads[2], (directions, batch, hidden) if lstm else (0,)),
+        "y": (saved[0], y_shape),
+        "gates": (saved[1], (directions, rows, 4 * hidden) if saved_gates else (0,)),
+        "cells": (saved[2], (directions, rows, hidden) if lstm else (0,)),
+    }
+    for name, (t, shape) in expected.items():
+        if t is not None:
+            check_like(op, name, t, x)
+            check_shape(op, name, "of the forward", t, shape)

@@ -1,16 +1,21 @@
-"""The recurrent ops: schemas, shape functions and the entry that the layers call.
+"""The recurrent ops: schemas, shape functions, autograd, and the entry that the layers call.
 
 The reference serves every device; the C++ extension registers faster kernels for the same
-schemas under the CPU key and so overrides it. Inference and training are two ops because the
-second returns what the backward reads, and because an op with an autograd formula in Python
-costs tens of microseconds a call even when nothing needs a gradient.
+schemas under the CPU key and so overrides it, whichever of the two is loaded first. Inference
+and training are two ops because training returns what the backward reads, and because an op
+with an autograd formula in Python costs tens of microseconds a call even where nothing needs a
+gradient.
 """
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
-from seqkern.ops._checks import check_batch_sizes, check_recurrent
+from seqkern.ops._checks import check_batch_sizes, check_recurrent, check_recurrent_backward
+from seqkern.ops._vmap import register_batching
 from seqkern.reference import recurrent as reference
+from seqkern.reference.cells import GATES
 
 _LIB = torch.library.Library("seqkern", "FRAGMENT")
 _LIB.define(
@@ -30,6 +35,9 @@ _LIB.define(
 _LIB.define("recurrent_pack(Tensor[] weights, str mode, int directions) -> Tensor[]")
 
 
+# ---- kernels for every device -------------------------------------------------------------
+
+
 def _recurrent(x, batch_sizes, h0, c0, weights, mode):
     check_recurrent("recurrent", mode, x, batch_sizes, h0, c0, weights)
     if batch_sizes is not None:
@@ -41,14 +49,153 @@ def _recurrent_inference(x, batch_sizes, h0, c0, weights, packed, mode):
     return _recurrent(x, batch_sizes, h0, c0, weights, mode)[:3]
 
 
+def _recurrent_backward(
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, gates, cells, mode, need_dx, need_dw
+):
+    op, grads, saved = "recurrent_backward", (dy, dh_n, dc_n), (y, gates, cells)
+    check_recurrent(op, mode, x, batch_sizes, h0, c0, weights)
+    if batch_sizes is not None:
+        check_batch_sizes(op, batch_sizes, x.size(0), h0.size(1))
+    check_recurrent_backward(op, mode, x, h0, weights, grads, saved)
+    dx, dh0, dc0, dweights = reference.recurrent_backward(
+        grads, x, batch_sizes, h0, c0, weights, saved, mode
+    )
+    return dx if need_dx else x.new_empty(0), dh0, dc0, dweights if need_dw else []
+
+
 def _recurrent_pack(weights, mode, directions):
-    # The reference reads plain weights; an empty list is the packing that says so.
+    # The reference reads the weights themselves: it has no layout of its own.
     return []
 
 
 _LIB.impl("recurrent", _recurrent, "CompositeExplicitAutograd")
 _LIB.impl("recurrent_inference", _recurrent_inference, "CompositeExplicitAutograd")
+_LIB.impl("recurrent_backward", _recurrent_backward, "CompositeExplicitAutograd")
 _LIB.impl("recurrent_pack", _recurrent_pack, "CompositeExplicitAutograd")
+
+
+# ---- shape functions ----------------------------------------------------------------------
+
+
+@torch.library.register_fake("seqkern::recurrent", lib=_LIB)
+def _recurrent_fake(x, batch_sizes, h0, c0, weights, mode):
+    check_recurrent("recurrent", mode, x, batch_sizes, h0, c0, weights)
+    directions, batch, outputs = h0.shape
+    hidden = weights[0].size(0) // GATES[mode]
+    rows = x.size(0) * x.size(1) if x.dim() == 3 else x.size(0)
+    none = x.new_empty(0)
+    has_cells, has_gates = mode == "LSTM", mode in ("LSTM", "GRU")
+    return (
+        x.new_empty(*x.shape[:-1], directions * outputs),
+        h0.new_empty(directions, batch, outputs),
+        x.new_empty(directions, batch, hidden) if has_cells else none,
+        x.new_empty(directions, rows, 4 * hidden) if has_gates else x.new_empty(0),
+        x.new_empty(directions, rows, hidden) if has_cells else x.new_empty(0),
+    )
+
+
+@torch.library.register_fake("seqkern::recurrent_inference", lib=_LIB)
+def _recurrent_inference_fake(x, batch_sizes, h0, c0, weights, packed, mode):
+    return _recurrent_fake(x, batch_sizes, h0, c0, weights, mode)[:3]
+
+
+@torch.library.register_fake("seqkern::recurrent_backward", lib=_LIB)
+def _recurrent_backward_fake(
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, gates, cells, mode, need_dx, need_dw
+):
+    return (
+        x.new_empty(x.shape) if need_dx else x.new_empty(0),
+        h0.new_empty(h0.shape),
+        x.new_empty(0) if c0 is None else c0.new_empty(c0.shape),
+        [w.new_empty(w.shape) for w in weights] if need_dw else [],
+    )
+
+
+# ---- autograd -----------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):
+    x, batch_sizes, h0, c0, weights, mode = inputs
+    y, _, _, gates, cells = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gates, cells)
+    ctx.save_for_backward(x, batch_sizes, h0, c0, y, gates, cells, *weights)
+    ctx.mode = mode
+
+
+def _backward(ctx, dy, dh_n, dc_n, dgates, dcells):
+    x, batch_sizes, h0, c0, y, gates, cells, *weights = ctx.saved_tensors
+    if dy is None and dh_n is None and dc_n is None:
+        return None, None, None, None, [None] * len(weights), None
+    need_x, _, need_h0, need_c0, need_w, _ = ctx.needs_input_grad
+    # c_n is an empty tensor but for LSTM, and so is its gradient.
+    dc_n = None if c0 is None else dc_n
+    dx, dh0, dc0, dweights = torch.ops.seqkern.recurrent_backward(
+        dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, gates, cells, ctx.mode,
+        need_x, any(need_w),
+    )  # fmt: skip
+    return (
+        dx if need_x else None,
+        None,
+        dh0 if need_h0 else None,
+        dc0 if need_c0 else None,
+        [dw if need else None for dw, need in zip(dweights, need_w, strict=True)]
+        if dweights
+        else [None] * len(weights),
+        None,
+    )
+
+
+def _setup_double(ctx, inputs, output):
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, *_, mode, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights)
+    ctx.mode = mode
+
+
+def _double_backward(ctx, *grads):
+    """Derive the reference's backward, after its forward, with respect to all that goes in.
+
+    y, gates and cells are functions of the other inputs here, so they take no gradient.
+    """
+    dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights = ctx.saved_tensors
+    inputs = (dy, dh_n, dc_n, x, h0, c0, *weights)
+    need = (*ctx.needs_input_grad[:4], *ctx.needs_input_grad[5:7], *ctx.needs_input_grad[7])
+    wanted = [i for i, t in enumerate(inputs) if t is not None and need[i]]
+    cotangents = [*grads[:3], *(grads[3] or [])]
+    given = [i for i, g in enumerate(cotangents) if g is not None]
+
+    def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
+        full = list(inputs)
+        for i, t in zip(wanted, tensors, strict=True):
+            full[i] = t
+        dy, dh_n, dc_n, x, h0, c0, *weights = full
+        y, _, _, gates, cells = reference.recurrent(x, batch_sizes, h0, c0, weights, ctx.mode)
+        dx, dh0, dc0, dweights = reference.recurrent_backward(
+            (dy, dh_n, dc_n), x, batch_sizes, h0, c0, weights, (y, gates, cells), ctx.mode
+        )
+        outputs = [dx, dh0, dc0, *dweights]
+        return tuple(outputs[i] for i in given)
+
+    result: list[Tensor | None] = [None] * len(inputs)
+    if given:
+        _, vjp = torch.func.vjp(first_order, *(inputs[i] for i in wanted))
+        for i, g in zip(wanted, vjp(tuple(cotangents[i] for i in given)), strict=True):
+            result[i] = g
+    dy, dh_n, dc_n, x, h0, c0, *weights = result
+    return dy, dh_n, dc_n, x, None, h0, c0, weights, None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "seqkern::recurrent", _backward, setup_context=_setup_context, lib=_LIB
+)
+torch.library.register_autograd(
+    "seqkern::recurrent_backward", _double_backward, setup_context=_setup_double, lib=_LIB
+)
+register_batching(_LIB)
+
+
+# ---- the entry ----------------------------------------------------------------------------
 
 _training_op = torch.ops.seqkern.recurrent.default
 _inference_op = torch.ops.seqkern.recurrent_inference.default
@@ -64,12 +211,56 @@ def recurrent(
     batch_sizes: Tensor | None = None,
     packed: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One recurrent layer; the sizes are those of `seqkern.reference.recurrent.recurrent`."""
+    """One recurrent layer, in one or two directions: checks, autocast, and the choice of op.
+
+    Args:
+        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
+        x: (T, B, I), or (N, I) packed with `batch_sizes`; of a floating-point dtype.
+        h0: (D, B, P), D = 1 or 2 directions, P = H or the size of the projection.
+        c0: (D, B, H) for LSTM, else None.
+        weights: for each direction w_ih (G*H, I), w_hh (G*H, P)[, b_ih (G*H,), b_hh (G*H,)]
+            [, w_hr (P, H)], the order of torch.nn.
+        batch_sizes: (T,) int64 on the CPU, as in torch.nn.utils.rnn.PackedSequence.
+        packed: what seqkern::recurrent_pack returned for these weights, to be read in their
+            place where no gradient is needed.
+
+    Returns:
+        y (T, B, D*P) or (N, D*P); h_n (D, B, P); c_n (D, B, H) for LSTM, else None.
+
+    Under torch.autocast the tensors but float64 ones are cast to its dtype, and the results
+    have it.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or c0 does not suit the mode.
+        ValueError: a size, dtype or device does not match.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, h0 = _autocast(x, dtype), _autocast(h0, dtype)
+        c0 = None if c0 is None else _autocast(c0, dtype)
+        weights = [_autocast(w, dtype) for w in weights]
     check_recurrent(mode, mode, x, batch_sizes, h0, c0, weights)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, h0, c0, *weights)
-    ):
+    if forward_ad._current_level >= 0:
+        # Only the reference, plain PyTorch operations, carries tangents.
+        y, h_n, c_n, _, _ = reference.recurrent(x, batch_sizes, h0, c0, weights, mode)
+    elif _needs_grad(x, h0, c0, weights):
         y, h_n, c_n, _, _ = _training_op(x, batch_sizes, h0, c0, weights, mode)
     else:
         y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, packed or [], mode)
-    return y, h_n, c_n if c0 is not None else None
+    return y, h_n, None if c0 is None else c_n
+
+
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == torch.float64 or not t.dtype.is_floating_point else t.to(dtype)
+
+
+def _needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad or h0.requires_grad or (c0 is not None and c0.requires_grad):
+        return True
+    for w in weights:
+        if w.requires_grad:
+            return True
+    # Inside torch.func transforms the outermost tensor does not tell what the inner ones need.
+    return peek_interpreter_stack() is not None

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqkern.reference.cells import FORWARD
+from seqkern.reference.cells import BACKWARD, FORWARD
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -168,3 +168,119 @@ def recurrent(
         torch.stack(gates) if has_gates else none,
         torch.stack(cells) if has_cells else x.new_empty(0),
     )
+
+
+def recurrent_backward(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    saved: tuple[Tensor, Tensor, Tensor],
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The gradients of `recurrent` with respect to its tensors.
+
+    Args:
+        grads: the gradients of y, h_n and c_n; None stands for zeros.
+        x, batch_sizes, h0, c0, weights, mode: as given to `recurrent`.
+        saved: y, gates and cells as `recurrent` returned them.
+
+    Returns:
+        dx, dh0, dc0 ((0,) without c0) and the list of the weights' gradients, in x's dtype.
+    """
+    directions, batch, _ = h0.shape
+    dtype, acc = x.dtype, accumulation_dtype(x.dtype)
+    sizes = step_sizes(x, batch_sizes)
+    rows = x.reshape(-1, x.size(-1)).to(acc)
+    n, p = rows.size(0), h0.size(2)
+    y, gates, cells = saved
+    dy, dh_n, dc_n = grads
+    y = y.reshape(n, directions * p)
+    dy = torch.zeros_like(y) if dy is None else dy.reshape(n, directions * p)
+
+    def of(d: int, t: Tensor | None, otherwise: Tensor) -> Tensor:
+        return otherwise if t is None or t.dim() == 1 else t[d].to(acc)
+
+    dx, dh0, dc0, dweights = rows.new_zeros(()), [], [], []
+    no_rows, no_batch = rows.new_empty(n, 0), rows.new_empty(batch, 0)
+    for d, w in enumerate(split_weights(weights, directions, acc)):
+        c0_d = of(d, c0, no_batch)
+        states = States(
+            h0[d].to(acc),
+            c0_d,
+            y[:, d * p : (d + 1) * p].to(acc),
+            of(d, gates, no_rows),
+            of(d, cells, no_rows),
+        )
+        grads_d = (
+            dy[:, d * p : (d + 1) * p].to(acc),
+            of(d, dh_n, rows.new_zeros(batch, p)),
+            of(d, dc_n, torch.zeros_like(c0_d)),
+        )
+        dax, dah, h, m, dh, dh0_d, dc0_d = through_time(mode, w, sizes, d == 1, states, grads_d)
+        dx = dx + dax @ w.w_ih
+        dh0.append(dh0_d)
+        dc0.append(dc0_d)
+        dweights += [dax.t() @ rows, dah.t() @ h]
+        dweights += [] if w.b_ih is None else [dax.sum(0), dah.sum(0)]
+        dweights += [] if w.w_hr is None else [dh.t() @ m.to(dtype).to(acc)]
+    return (
+        dx.to(dtype).view(x.shape),
+        torch.stack(dh0).to(dtype),
+        x.new_empty(0) if c0 is None else torch.stack(dc0).to(dtype),
+        [dw.to(dtype) for dw in dweights],
+    )
+
+
+class States(NamedTuple):
+    """What one direction saved, in the accumulation dtype, (N, ...) but for h0 and c0."""
+
+    h0: Tensor
+    c0: Tensor
+    y: Tensor
+    gates: Tensor
+    cells: Tensor
+
+
+def through_time(
+    mode: str,
+    w: DirectionWeights,
+    sizes: list[int],
+    backwards: bool,
+    states: States,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, ...]:
+    """The walk of one direction's backward, against the order of its forward.
+
+    Returns, for all N rows in the order of x: the gradients of W_ih x + b_ih and of
+    W_hh h + b_hh, the h that each step started from, the output before projection m, the
+    gradient of the output; and the gradients of h0 and c0.
+    """
+    walk = steps(sizes, backwards)
+    h_starts = previous(states.y, states.h0, walk)
+    c_starts = previous(states.cells, states.c0, walk)
+    dy, dh_n, dc_n = grads
+    dh, dc = Rows(dh_n), Rows(dc_n)
+    pieces = []
+    for (b, at), h, c_prev in zip(walk[::-1], h_starts[::-1], c_starts[::-1], strict=True):
+        dh_t, saved, c, m = dh.resize(b) + dy[at], states.gates[at], states.cells[at], states.y[at]
+        dm = dh_t
+        if w.w_hr is not None:
+            m = saved.chunk(4, -1)[3] * c.tanh()
+            dm = dh_t @ w.w_hr
+        dax, dah, dc.alive, direct = BACKWARD[mode](dm, dc.resize(b), saved, m, c, h, c_prev)
+        dh.alive = direct + dah @ w.w_hh
+        pieces.append((dax, dah, h, m, dh_t))
+    by_row = (in_time_order(list(p), not backwards) for p in zip(*pieces, strict=True))
+    return *by_row, dh.final(), dc.final()
+
+
+def previous(values: Tensor, initial: Tensor, walk: list[tuple[int, slice]]) -> list[Tensor]:
+    """The state that each step of the walk starts from, given the one that each ends with."""
+    state, starts = Rows(initial), []
+    for b, at in walk:
+        starts.append(state.resize(b))
+        state.alive = values[at]
+    return starts
