@@ -106,7 +106,7 @@ class Toolchain:
 
     @property
     def cxx_flags(self) -> list[str]:
-        return [*CXX_FLAGS, *OPTIMISE[self.sanitize], f"-I{ROOT / 'csrc'}"]
+        return [*CXX_FLAGS, *OPTIMISE[self.sanitize], "-Icsrc"]
 
     @property
     def torch_flags(self) -> list[str]:
@@ -124,7 +124,7 @@ class Toolchain:
     def nvcc_flags(self) -> list[str]:
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "") or CUDA_ARCHS
         host = "-fPIC,-fvisibility=hidden,-Wall"
-        flags = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-ccbin", self.cxx]
+        flags = ["-O3", "-std=c++17", "-Icsrc", "-ccbin", self.cxx]
         return [*flags, "-Xcompiler", host, *gencode_flags(archs)]
 
     @property
@@ -173,6 +173,7 @@ class Graph:
         self.objects: set[str] = set()
         self.lines = [
             "ninja_required_version = 1.8",
+            f"builddir = {folder}",
             "rule compile",
             "  command = $program -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",

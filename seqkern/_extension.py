@@ -24,7 +24,7 @@ def _load() -> str | None:
 
 
 def cpu_capability() -> str | None:
-    """The instruction set that the C++ kernels chose on this machine; None where they are absent."""
+    """The instruction set that the C++ kernels chose; None where they are absent."""
     return torch.ops.seqkern.cpu_capability() if ERROR is None else None
 
 

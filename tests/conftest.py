@@ -1,0 +1,26 @@
+"""Fixtures of the whole suite: one seed, one thread, and the GPU marker."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same numbers, alone or in any order."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    absent = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(absent)
