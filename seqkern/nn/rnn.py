@@ -1,0 +1,372 @@
+"""RNN, LSTM and GRU layers: ``torch.nn``'s parameters and interface on seqkern's ops."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkern.ops.recurrent import recurrent
+
+# (h, c) of an LSTM, h of the others.
+State = Tensor | tuple[Tensor, Tensor]
+
+
+class _Recurrent(torch.nn.RNNBase):
+    """What the three layers share: everything but the constructor.
+
+    ``torch.nn.RNNBase`` gives constructor, initialisation, attributes and ``repr``. The public
+    layers are not subclasses of ``torch.nn.LSTM`` and its siblings because ``torch.compile``
+    refuses every instance of those three classes.
+    """
+
+    # A class attribute, so that a module whose class is changed to this one has it too.
+    _packed: list[list[Tensor]] | None = None
+
+    # RNNBase caches the weights in this list. A cache is stale under parametrizations and
+    # torch.func.functional_call, and holds computed tensors, which deepcopy refuses.
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor | None]) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the ops read the weights wherever they lie."""
+
+    def prepack(self) -> None:
+        """Take a snapshot of the weights in the kernels' layout, for calls without gradient.
+
+        From here to ``unpack()`` every call that needs no gradient computes with the snapshot,
+        whatever becomes of the weights; a call that needs one reads the weights as they are.
+        A snapshot saves the packing of every call. It is no part of ``state_dict()``, is left
+        behind by pickle and deepcopy, and ends with ``load_state_dict()`` and with everything
+        that moves or converts the module (``to``, ``double``, ``share_memory``).
+        """
+        weights = [weight.detach() for weight in self._live_weights()]
+        n = len(weights) // self.num_layers
+        D = 2 if self.bidirectional else 1
+        self._packed = [
+            torch.ops.seqkern.recurrent_pack(weights[i * n : (i + 1) * n], self.mode, D)
+            for i in range(self.num_layers)
+        ]
+
+    def unpack(self) -> None:
+        """Drop the snapshot of ``prepack()``, if there is one: calls read the weights again."""
+        self._packed = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_packed", None)
+        return state
+
+    def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> Any:
+        """Run the layer; shapes are in the class docstring.
+
+        Raises:
+            ValueError: ``input`` has a wrong number of dimensions or another dtype than the
+                weights.
+            RuntimeError: a size of ``input`` or ``hx`` is wrong, a device or the dtype of
+                ``hx`` differs, or the sequence is empty.
+        """
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() == 3:
+            if not self.batch_first:
+                return self._run(input, hx)
+            y, state = self._run(input.transpose(0, 1), hx)
+            return y.transpose(0, 1), state
+        if input.dim() != 2:
+            raise ValueError(
+                f"{self._get_name()}: expected input to be 2D or 3D, got {input.dim()}D"
+            )
+        return self._forward_unbatched(input, hx)
+
+    def _forward_unbatched(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
+        if hx is not None:
+            states = hx if self.mode == "LSTM" else [hx]
+            if any(state.dim() != 2 for state in states):
+                dims = ", ".join(f"{state.dim()}-D" for state in states)
+                raise RuntimeError(f"hx must be 2-D for unbatched 2-D input, got {dims}")
+            hx = tuple(h.unsqueeze(1) for h in hx) if self.mode == "LSTM" else hx.unsqueeze(1)
+        y, state = self._run(input.unsqueeze(1), hx)
+        if isinstance(state, tuple):
+            return y.squeeze(1), (state[0].squeeze(1), state[1].squeeze(1))
+        return y.squeeze(1), state.squeeze(1)
+
+    def _forward_packed(
+        self, input: PackedSequence, hx: State | None
+    ) -> tuple[PackedSequence, State]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is not None:
+            hx = self.permute_hidden(hx, sorted_indices)
+        y, state = self._run(data, hx, batch_sizes)
+        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        return output, self.permute_hidden(state, unsorted_indices)
+
+    def _run(
+        self, x: Tensor, hx: State | None, batch_sizes: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """All layers over x (T, B, I), or (N, I) with ``batch_sizes``; the state as in ``hx``."""
+        weights = self._live_weights()
+        self._check_input(x, weights[0], batch_sizes)
+        B = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        if hx is None:
+            h0, c0 = self._zero_state(x, B)
+        else:
+            h0, c0 = (hx[0], hx[1]) if self.mode == "LSTM" else (hx, None)
+            self._check_state(x, B, h0, c0)
+            if c0 is not None and len(hx) != 2:
+                raise RuntimeError(f"hx must be (h_0, c_0), got {len(hx)} tensors")
+        if self.num_layers > 1:
+            return self._run_stack(x, h0, c0, weights, batch_sizes)
+        packed = None if self._packed is None else self._packed[0]
+        y, h_n, c_n = recurrent(
+            self.mode, x, h0, c0, weights, batch_sizes=batch_sizes, packed=packed
+        )
+        return (y, h_n) if c_n is None else (y, (h_n, c_n))
+
+    def _run_stack(
+        self,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: list[Tensor],
+        batch_sizes: Tensor | None,
+    ) -> tuple[Tensor, State]:
+        D = 2 if self.bidirectional else 1
+        per_layer = len(weights) // self.num_layers
+        h_last, c_last = [], []
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout > 0 and self.training:
+                x = F.dropout(x, self.dropout)
+            rows = slice(layer * D, (layer + 1) * D)
+            x, h_n, c_n = recurrent(
+                self.mode,
+                x,
+                h0[rows],
+                None if c0 is None else c0[rows],
+                weights[layer * per_layer : (layer + 1) * per_layer],
+                batch_sizes=batch_sizes,
+                packed=None if self._packed is None else self._packed[layer],
+            )
+            h_last.append(h_n)
+            c_last.append(c_n)
+        if c0 is None:
+            return x, torch.cat(h_last)
+        return x, (torch.cat(h_last), torch.cat(c_last))
+
+    def _zero_state(self, x: Tensor, B: int) -> tuple[Tensor, Tensor | None]:
+        rows, P = self._state_rows(), self.proj_size or self.hidden_size
+        h0 = torch.zeros(rows, B, P, dtype=x.dtype, device=x.device)
+        if self.mode != "LSTM":
+            return h0, None
+        # One block of zeros serves both: ops never write to their inputs.
+        return h0, x.new_zeros(rows, B, self.hidden_size) if self.proj_size else h0
+
+    def _state_rows(self) -> int:
+        return self.num_layers * 2 if self.bidirectional else self.num_layers
+
+    def _check_input(self, x: Tensor, weight: Tensor, batch_sizes: Tensor | None) -> None:
+        """Refuse what ``torch.nn`` refuses, with its exception types."""
+        shape = x.shape
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            # torch.nn.LSTM looks at a packed input's dtype only in the product.
+            unchecked = batch_sizes is not None and self.mode == "LSTM"
+            raise (RuntimeError if unchecked else ValueError)(
+                f"input must have the dtype of the weights, {weight.dtype}, got {x.dtype}"
+            )
+        if len(shape) != (3 if batch_sizes is None else 2) or shape[-1] != self.input_size:
+            layout = "(T, B, I)" if batch_sizes is None else "(N, I) in a PackedSequence"
+            raise RuntimeError(
+                f"input must be {layout} with I = input_size = {self.input_size}, "
+                f"got {tuple(shape)}"
+            )
+        if shape[0] == 0:
+            raise RuntimeError(f"input must have at least one time step, got {tuple(shape)}")
+        if x.device != weight.device:
+            raise RuntimeError(
+                f"input must be on the device of the weights, {weight.device}, got {x.device}"
+            )
+
+    def _check_state(self, x: Tensor, B: int, h0: Tensor, c0: Tensor | None) -> None:
+        """Refuse what ``torch.nn`` refuses, with its exception types."""
+        rows, H = self._state_rows(), self.hidden_size
+        name = "hidden" if c0 is None else "hidden[0]"
+        self._check_one_state(x, name, h0, (rows, B, self.proj_size or H))
+        if c0 is not None:
+            self._check_one_state(x, "hidden[1]", c0, (rows, B, H))
+
+    def _check_one_state(
+        self, x: Tensor, name: str, state: Tensor, expected: tuple[int, int, int]
+    ) -> None:
+        if state.shape != expected:
+            raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+        if state.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise RuntimeError(
+                f"{name} must have the dtype of input, {x.dtype}, got {state.dtype}"
+            )
+        if state.device != x.device:
+            raise RuntimeError(
+                f"{name} must be on the device of input, {x.device}, got {state.device}"
+            )
+
+    def _live_weights(self) -> list[Tensor]:
+        """The weights by name as they are now, in the order of ``_flat_weights_names``."""
+        parameters: Any = self._parameters
+        try:
+            # Thrice as fast as getattr, which reaches a parameter only after two failed lookups.
+            return [parameters[name] for name in self._flat_weights_names]
+        except KeyError:
+            return [getattr(self, name) for name in self._flat_weights_names]
+
+
+class RNN(_Recurrent):
+    """Elman RNN over a sequence, in place of ``torch.nn.RNN``.
+
+    For each layer and direction, with f = tanh, or relu where ``nonlinearity="relu"``
+    (Elman, Finding Structure in Time, 1990)::
+
+        h_t = f(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh)
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the state.
+        num_layers: layers, each reading the output of the one before. Default 1.
+        nonlinearity: ``"tanh"`` (default) or ``"relu"``.
+        bias: whether b_ih and b_hh exist. Default True.
+        batch_first: input and output are (B, T, .) in place of (T, B, .). Default False.
+        dropout: probability of dropping an output between layers, in training. Default 0.
+        bidirectional: run a second set of weights backwards in time. Default False.
+        device, dtype: of the parameters.
+
+    Shapes, with D = 2 where bidirectional, else 1:
+        - input: (T, B, I), (B, T, I) if ``batch_first``, (T, I) without batch, or a
+          ``PackedSequence``.
+        - hx: (num_layers*D, B, H), without batch (num_layers*D, H); zeros if not given.
+        - output: as the input, with D*H features; h_n: as hx.
+
+    Parameters: ``weight_ih_l{k}`` (H, I or D*H), ``weight_hh_l{k}`` (H, H), ``bias_ih_l{k}`` and
+    ``bias_hh_l{k}`` (H,), each again with ``_reverse`` where bidirectional.
+
+    Other than ``torch.nn.RNN``: it is a ``torch.nn.RNNBase`` but no subclass of ``torch.nn.RNN``
+    (``torch.compile`` refuses those); under autocast it computes and returns the autocast dtype;
+    ``torch.jit.script`` does not take it, ``torch.compile`` and ``torch.export`` do.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("RNN: proj_size is an argument of LSTM only")
+        if len(args) > 3:
+            self.nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"RNN: nonlinearity must be 'tanh' or 'relu', got {self.nonlinearity!r}"
+            )
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+
+
+class LSTM(_Recurrent):
+    """Long short-term memory over a sequence, in place of ``torch.nn.LSTM``.
+
+    For each layer and direction (Hochreiter and Schmidhuber, Long Short-Term Memory, 1997, with
+    the forget gate of Gers, Schmidhuber and Cummins, 2000)::
+
+        i, f, o = sigmoid(W_i* x_t + b_i* + W_h* h_(t-1) + b_h*)    * = i, f, o
+        g       = tanh(W_ig x_t + b_ig + W_hg h_(t-1) + b_hg)
+        c_t     = f c_(t-1) + i g
+        h_t     = o tanh(c_t)
+
+    With ``proj_size`` P > 0 the state that is put out and fed back is W_hr h_t (Sak, Senior and
+    Beaufays, 2014, arXiv:1402.1128). The weights hold the gates' rows in the order i, f, g, o.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the cell state.
+        num_layers: layers, each reading the output of the one before. Default 1.
+        bias: whether b_ih and b_hh exist. Default True.
+        batch_first: input and output are (B, T, .) in place of (T, B, .). Default False.
+        dropout: probability of dropping an output between layers, in training. Default 0.
+        bidirectional: run a second set of weights backwards in time. Default False.
+        proj_size: P, features of h where it is projected, less than H; 0 (default): P = H, no
+            projection.
+        device, dtype: of the parameters.
+
+    Shapes, with D = 2 where bidirectional, else 1:
+        - input: (T, B, I), (B, T, I) if ``batch_first``, (T, I) without batch, or a
+          ``PackedSequence``.
+        - hx: (h_0, c_0) of (num_layers*D, B, P) and (num_layers*D, B, H), without batch
+          (num_layers*D, P) and (num_layers*D, H); zeros if not given.
+        - output: as the input, with D*P features; (h_n, c_n): as hx.
+
+    Parameters: ``weight_ih_l{k}`` (4H, I or D*P), ``weight_hh_l{k}`` (4H, P), ``bias_ih_l{k}``
+    and ``bias_hh_l{k}`` (4H,), ``weight_hr_l{k}`` (P, H) if projected, each again with
+    ``_reverse`` where bidirectional.
+
+    Other than ``torch.nn.LSTM``: it is a ``torch.nn.RNNBase`` but no subclass of ``torch.nn.LSTM``
+    (``torch.compile`` refuses those); under autocast it computes and returns the autocast dtype;
+    ``torch.jit.script`` does not take it, ``torch.compile`` and ``torch.export`` do.
+    """
+
+    # The checks that torch.nn.LSTM has beyond RNNBase's, for a pair (h, c).
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden = torch.nn.LSTM.permute_hidden
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class GRU(_Recurrent):
+    """Gated recurrent unit over a sequence, in place of ``torch.nn.GRU``.
+
+    For each layer and direction (Cho et al., 2014, arXiv:1406.1078; the reset gate acts after
+    the recurrent product, as in cuDNN)::
+
+        r, z = sigmoid(W_i* x_t + b_i* + W_h* h_(t-1) + b_h*)    * = r, z
+        n    = tanh(W_in x_t + b_in + r (W_hn h_(t-1) + b_hn))
+        h_t  = (1 - z) n + z h_(t-1)
+
+    The weights hold the gates' rows in the order r, z, n.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the state.
+        num_layers: layers, each reading the output of the one before. Default 1.
+        bias: whether b_ih and b_hh exist. Default True.
+        batch_first: input and output are (B, T, .) in place of (T, B, .). Default False.
+        dropout: probability of dropping an output between layers, in training. Default 0.
+        bidirectional: run a second set of weights backwards in time. Default False.
+        device, dtype: of the parameters.
+
+    Shapes, with D = 2 where bidirectional, else 1:
+        - input: (T, B, I), (B, T, I) if ``batch_first``, (T, I) without batch, or a
+          ``PackedSequence``.
+        - hx: (num_layers*D, B, H), without batch (num_layers*D, H); zeros if not given.
+        - output: as the input, with D*H features; h_n: as hx.
+
+    Parameters: ``weight_ih_l{k}`` (3H, I or D*H), ``weight_hh_l{k}`` (3H, H), ``bias_ih_l{k}``
+    and ``bias_hh_l{k}`` (3H,), each again with ``_reverse`` where bidirectional.
+
+    Other than ``torch.nn.GRU``: it is a ``torch.nn.RNNBase`` but no subclass of ``torch.nn.GRU``
+    (``torch.compile`` refuses those); under autocast it computes and returns the autocast dtype;
+    ``torch.jit.script`` does not take it, ``torch.compile`` and ``torch.export`` do.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("GRU: proj_size is an argument of LSTM only")
+        super().__init__("GRU", *args, **kwargs)
