@@ -1,0 +1,59 @@
+"""The gate before timing: a contestant that computes something else is not timed."""
+
+import torch
+
+from benchmarks.cells import Cell
+from benchmarks.contestants import Contestant, Outputs, Problem, module_contestant
+
+# seqkern's error may be twice that of torch in the same dtype, plus one rounding band; a peer
+# only has to be the same function.
+PEER_BAND = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2, "float64": 1e-10}
+
+
+class WrongResult(AssertionError):
+    """A contestant's result is outside its error budget."""
+
+
+def reference_outputs(cell: Cell, problem: Problem) -> Outputs:
+    """The cell in float64 by torch.nn, whose float64 path shares no kernel with the others."""
+    return module_contestant("float64", cell, problem, torch.nn, torch.float64).outputs()
+
+
+def largest_error(outputs: Outputs, reference: Outputs) -> dict[str, float]:
+    """The largest absolute difference of each output; inf where one is NaN."""
+    errors = {}
+    for name, expected in reference.items():
+        actual = outputs[name].double()
+        if actual.shape != expected.shape:
+            shapes = f"{tuple(expected.shape)}, got {tuple(actual.shape)}"
+            raise WrongResult(f"{name} must have shape {shapes}")
+        difference = (actual - expected).abs().max().item()
+        errors[name] = difference if difference == difference else float("inf")
+    return errors
+
+
+def check(cell: Cell, problem: Problem, contestants: list[Contestant]) -> float:
+    """Raises WrongResult unless every contestant computes the cell.
+
+    Returns seqkern's largest error as a share of its budget. The first contestant is seqkern;
+    the yardstick is torch in the cell's dtype.
+    """
+    reference = reference_outputs(cell, problem)
+    dtype = getattr(torch, cell.dtype)
+    yardstick = module_contestant("torch", cell, problem, torch.nn, dtype).outputs()
+    torch_errors = largest_error(yardstick, reference)
+    scales = {name: value.abs().max().item() for name, value in reference.items()}
+    worst = 0.0
+    for contestant in contestants:
+        errors = largest_error(contestant.outputs(), reference)
+        for name, error in errors.items():
+            budget = PEER_BAND[cell.dtype] * max(1.0, scales[name])
+            if contestant is contestants[0]:
+                budget = 2 * torch_errors[name] + torch.finfo(dtype).eps * scales[name]
+                worst = max(worst, error / budget)
+            if not error <= budget:
+                raise WrongResult(
+                    f"{contestant.name} on {cell}: {name} is {error:.2e} from float64, "
+                    f"budget {budget:.2e}"
+                )
+    return worst

@@ -1,0 +1,63 @@
+"""The suites' options, the machine's limits, and what pytest-benchmark's JSON gets from both."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import seqkern
+from benchmarks import limits as machine_limits
+from benchmarks.cells import GRIDS, ROWS
+
+LIMITS = pytest.StashKey[machine_limits.Limits]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("seqkern benchmarks")
+    group.addoption("--grid", choices=sorted(GRIDS), default="quick", help="which cells")
+    group.addoption(
+        "--row", choices=[row.key for row in ROWS], action="append", help="only these rows"
+    )
+    group.addoption("--budget", type=float, default=1.5, help="seconds of timing a cell")
+
+
+@pytest.fixture(scope="session")
+def limits(pytestconfig: pytest.Config) -> machine_limits.Limits:
+    """What this machine reaches, measured once in this run."""
+    measured = machine_limits.measure(min(0.3, pytestconfig.option.budget))
+    pytestconfig.stash[LIMITS] = measured
+    return measured
+
+
+def cpu_description() -> dict[str, object]:
+    """The CPU's name, its vector extensions that matter here, and the number of cores."""
+    fields: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+    flags = fields.get("flags", "").split()
+    relevant = [f for f in flags if f.startswith(("avx", "amx", "fma"))]
+    return {
+        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "model": f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}",
+        "flags": relevant,
+        "cores": len(os.sched_getaffinity(0)),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+    """Adds the machine, versions and limits that the report needs."""
+    packages = ("torch", "onnxruntime", "onnx", "numpy", "pytest-benchmark")
+    measured = config.stash.get(LIMITS, None)
+    output_json["seqkern"] = {
+        "grid": config.getoption("grid"),
+        "machine": cpu_description(),
+        "versions": {"python": platform.python_version(), "seqkern": seqkern.__version__}
+        | {name: version(name) for name in packages},
+        "limits": measured.as_dict() if measured else None,
+    }
