@@ -25,7 +25,7 @@ test: $(VENV)/.package
 	$(PYTEST) -n 2 $(ARGS)
 
 bench: $(VENV)/.package
-	$(BIN)/python -P -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ where a source, a header or a flag changed. Environment variables:
 """
 
 import fcntl
+import importlib.util
 import os
 import re
 import shlex
@@ -203,8 +204,10 @@ class Graph:
             self.lines.append(f"  {name} = {shlex.join(words).replace('$', '$$')}")
 
     def run(self) -> None:
-        scripts = sysconfig.get_path("scripts")  # a venv's ninja, also where it is not activated
-        ninja = shutil.which("ninja", path=os.pathsep.join((scripts, os.environ.get("PATH", ""))))
+        # The package's own program first: a venv's folder of programs need not be on the PATH.
+        spec = importlib.util.find_spec("ninja")
+        folder = importlib.import_module("ninja").BIN_DIR if spec else None
+        ninja = shutil.which("ninja", path=folder) if folder else shutil.which("ninja")
         if ninja is None:
             raise fail("ninja was not found; pip install ninja")
         self.folder.mkdir(parents=True, exist_ok=True)

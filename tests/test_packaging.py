@@ -1,6 +1,7 @@
 """The build and what comes out of it: the wheel, its clean install, the messages of setup.py."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -235,6 +236,25 @@ def test_wheel_installs_and_runs_elsewhere(wheel, tmp_path):
     doctor = run(clean / "bin/seqkern", "doctor", cwd=tmp_path)
     assert doctor.returncode == 0, doctor.stderr
     assert "seqkern::recurrent" in doctor.stdout
+
+
+def test_gpu_script_runs_dry(tmp_path):
+    script, out = ROOT / "benchmarks/gpu.sh", tmp_path / "out"
+    done = run(script, "--dry-run", out, cwd=tmp_path, PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in ("build", "test", "bench"):
+        result = json.loads((out / f"{part}.json").read_text())
+        assert result["status"] in {"passed", "nothing selected"}, part
+        assert result["dry_run"] is True
+    measured = json.loads((out / "lstm-f32-inference-step.json").read_text())
+    assert measured["benchmarks"]
+    assert "seqkern::recurrent " in (out / "build.log").read_text()
+
+
+def test_gpu_script_refuses_an_unknown_part(tmp_path):
+    done = run(ROOT / "benchmarks/gpu.sh", tmp_path, "everything", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "OUTDIR [build|test|bench]" in done.stderr
 
 
 @pytest.fixture

@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Builds, tests and measures seqkern on a GPU machine, against the torch that is found there.
+#
+#   benchmarks/gpu.sh [--dry-run] OUTDIR [build|test|bench]
+#
+# Without PART all three run in turn. Each ends within nine minutes and writes OUTDIR/PART.json
+# (status, seconds, counts) and OUTDIR/PART.log; bench adds pytest-benchmark's benchmarks.json.
+# Nothing is downloaded and nothing outside OUTDIR and build/ is written. A dry run, which is what
+# a machine without a GPU gets, goes the same way on the CPU with one small row of the benchmarks.
+# PYTHON names another interpreter than python3.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+
+LIMIT=540
+ENVIRONMENT=$PWD/build/gpu-env
+PYTHON=${PYTHON:-python3}
+DRY=0
+
+usage() { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }
+if [ "${1:-}" = --dry-run ]; then DRY=1; shift; fi
+[ $# -ge 1 ] && [ $# -le 2 ] || usage
+case "${2:-all}" in build | test | bench | all) ;; *) usage ;; esac
+mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 1
+PART=${2:-all}
+
+"$PYTHON" -c 'import torch' || { echo "gpu.sh: $PYTHON has no torch" >&2; exit 1; }
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  [ "$DRY" = 1 ] || echo "gpu.sh: torch sees no GPU, so this is a dry run on the CPU"
+  DRY=1
+fi
+
+# The compiled targets: this GPU's own, unless the caller chose.
+if [ "$DRY" = 0 ] && [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
+  TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}" + "a" * (major >= 9))')
+  export TORCH_CUDA_ARCH_LIST
+fi
+
+# A venv that sees the packages of PYTHON, also where that is a venv itself, and the benchmarks of
+# this checkout. Its own site-packages come first, so the seqkern that runs is the one just built;
+# PYTHONSAFEPATH keeps the folder ./seqkern, which holds no extension, from being found instead.
+build() {
+  rm -rf "$ENVIRONMENT"
+  "$PYTHON" -m venv --without-pip "$ENVIRONMENT" || return 1
+  local site
+  site=$("$ENVIRONMENT/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$PYTHON" -c 'import os, site, sysconfig
+folders = [os.getcwd(), sysconfig.get_path("purelib"), *site.getsitepackages()]
+print(*dict.fromkeys(folders), sep="\n")' >"$site/packages.pth"
+  "$ENVIRONMENT/bin/python" -m pip install . --verbose --no-build-isolation --no-deps --no-index \
+    --disable-pip-version-check || return 1
+  "$ENVIRONMENT/bin/python" -m seqkern.cli.doctor &&
+    "$ENVIRONMENT/bin/python" -c 'import seqkern._C, seqkern._stream'
+}
+
+pytest() { OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$ENVIRONMENT/bin/python" -m pytest "$@"; }
+
+test_part() { pytest -m gpu --junitxml="$OUT/test.xml" tests; }
+
+bench() {
+  # With no benchmark selected there is nothing to save, which status 5 says already.
+  pytest -m gpu --junitxml="$OUT/bench.xml" --benchmark-json="$OUT/benchmarks.json" \
+    -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning benchmarks/bench_*.py
+  local status=$?
+  [ "$DRY" = 1 ] || return "$status"
+  "$ENVIRONMENT/bin/python" -m benchmarks --grid tiny --row "$ROW" --budget 0.01 --out "$OUT" ||
+    return 1
+  return "$status"
+}
+
+# Status 5 is pytest's word for "nothing was selected".
+record() {
+  "$PYTHON" - "$@" "$DRY" "$OUT" <<'PY'
+import json, pathlib, platform, sys, xml.etree.ElementTree as xml
+import torch
+
+part, status, seconds, dry, out = sys.argv[1], *map(int, sys.argv[2:5]), pathlib.Path(sys.argv[5])
+words = {0: "passed", 5: "nothing selected", 124: "out of time"}
+result = {
+    "part": part,
+    "status": words.get(status, "failed"),
+    "seconds": seconds,
+    "dry_run": bool(dry),
+    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    "torch": torch.__version__,
+    "python": platform.python_version(),
+}
+report = out / f"{part}.xml"
+if report.exists():
+    suite = next(xml.parse(report).iter("testsuite"))
+    names = ("tests", "failures", "errors", "skipped")
+    result["counts"] = {name: int(suite.get(name)) for name in names}
+    report.unlink()
+(out / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
+print(f"gpu.sh: {part}: {result['status']}, {seconds} s")
+PY
+}
+
+run_part() {
+  local start=$SECONDS status
+  timeout "$LIMIT" bash -c "$2" >"$OUT/$1.log" 2>&1
+  status=$?
+  [ "$status" = 0 ] || tail -n 25 "$OUT/$1.log"
+  record "$1" "$status" $((SECONDS - start)) && { [ "$status" = 0 ] || [ "$status" = 5 ]; }
+}
+
+ROW=lstm-f32-inference-step
+export PYTHONSAFEPATH=1
+export ENVIRONMENT PYTHON OUT DRY ROW
+export -f build pytest test_part bench
+
+failed=0
+[ "$PART" = build ] || [ "$PART" = all ] || [ -x "$ENVIRONMENT/bin/python" ] || PART="build $PART"
+[ "$PART" != all ] || PART="build test bench"
+for part in $PART; do
+  function=$part
+  [ "$part" != test ] || function=test_part
+  run_part "$part" "$function" || failed=1
+done
+exit "$failed"
