@@ -1,4 +1,4 @@
-"""The recurrent ops: schemas, shape functions, autograd, and the entry that the layers call.
+"""The recurrent ops: schemas, kernels, shape functions, and the entry that the layers call.
 
 The reference serves every device; the C++ extension registers faster kernels for the same
 schemas under the CPU key and so overrides it, whichever of the two is loaded first. Inference
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from seqkern.ops._checks import check_batch_sizes, check_recurrent, check_recurrent_backward
-from seqkern.ops._vmap import register_batching
+from seqkern.ops._recurrent_autograd import register, training
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
 
@@ -83,12 +84,11 @@ def _recurrent_fake(x, batch_sizes, h0, c0, weights, mode):
     directions, batch, outputs = h0.shape
     hidden = weights[0].size(0) // GATES[mode]
     rows = x.size(0) * x.size(1) if x.dim() == 3 else x.size(0)
-    none = x.new_empty(0)
     has_cells, has_gates = mode == "LSTM", mode in ("LSTM", "GRU")
     return (
         x.new_empty(*x.shape[:-1], directions * outputs),
         h0.new_empty(directions, batch, outputs),
-        x.new_empty(directions, batch, hidden) if has_cells else none,
+        x.new_empty(directions, batch, hidden) if has_cells else x.new_empty(0),
         x.new_empty(directions, rows, 4 * hidden) if has_gates else x.new_empty(0),
         x.new_empty(directions, rows, hidden) if has_cells else x.new_empty(0),
     )
@@ -111,88 +111,7 @@ def _recurrent_backward_fake(
     )
 
 
-# ---- autograd -----------------------------------------------------------------------------
-
-
-def _setup_context(ctx, inputs, output):
-    x, batch_sizes, h0, c0, weights, mode = inputs
-    y, _, _, gates, cells = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gates, cells)
-    ctx.save_for_backward(x, batch_sizes, h0, c0, y, gates, cells, *weights)
-    ctx.mode = mode
-
-
-def _backward(ctx, dy, dh_n, dc_n, dgates, dcells):
-    x, batch_sizes, h0, c0, y, gates, cells, *weights = ctx.saved_tensors
-    if dy is None and dh_n is None and dc_n is None:
-        return None, None, None, None, [None] * len(weights), None
-    need_x, _, need_h0, need_c0, need_w, _ = ctx.needs_input_grad
-    # c_n is an empty tensor but for LSTM, and so is its gradient.
-    dc_n = None if c0 is None else dc_n
-    dx, dh0, dc0, dweights = torch.ops.seqkern.recurrent_backward(
-        dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, gates, cells, ctx.mode,
-        need_x, any(need_w),
-    )  # fmt: skip
-    return (
-        dx if need_x else None,
-        None,
-        dh0 if need_h0 else None,
-        dc0 if need_c0 else None,
-        [dw if need else None for dw, need in zip(dweights, need_w, strict=True)]
-        if dweights
-        else [None] * len(weights),
-        None,
-    )
-
-
-def _setup_double(ctx, inputs, output):
-    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, *_, mode, _, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights)
-    ctx.mode = mode
-
-
-def _double_backward(ctx, *grads):
-    """Derive the reference's backward, after its forward, with respect to all that goes in.
-
-    y, gates and cells are functions of the other inputs here, so they take no gradient.
-    """
-    dy, dh_n, dc_n, x, h0, c0, batch_sizes, *weights = ctx.saved_tensors
-    inputs = (dy, dh_n, dc_n, x, h0, c0, *weights)
-    need = (*ctx.needs_input_grad[:4], *ctx.needs_input_grad[5:7], *ctx.needs_input_grad[7])
-    wanted = [i for i, t in enumerate(inputs) if t is not None and need[i]]
-    cotangents = [*grads[:3], *(grads[3] or [])]
-    given = [i for i, g in enumerate(cotangents) if g is not None]
-
-    def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
-        full = list(inputs)
-        for i, t in zip(wanted, tensors, strict=True):
-            full[i] = t
-        dy, dh_n, dc_n, x, h0, c0, *weights = full
-        y, _, _, gates, cells = reference.recurrent(x, batch_sizes, h0, c0, weights, ctx.mode)
-        dx, dh0, dc0, dweights = reference.recurrent_backward(
-            (dy, dh_n, dc_n), x, batch_sizes, h0, c0, weights, (y, gates, cells), ctx.mode
-        )
-        outputs = [dx, dh0, dc0, *dweights]
-        return tuple(outputs[i] for i in given)
-
-    result: list[Tensor | None] = [None] * len(inputs)
-    if given:
-        _, vjp = torch.func.vjp(first_order, *(inputs[i] for i in wanted))
-        for i, g in zip(wanted, vjp(tuple(cotangents[i] for i in given)), strict=True):
-            result[i] = g
-    dy, dh_n, dc_n, x, h0, c0, *weights = result
-    return dy, dh_n, dc_n, x, None, h0, c0, weights, None, None, None, None, None, None
-
-
-torch.library.register_autograd(
-    "seqkern::recurrent", _backward, setup_context=_setup_context, lib=_LIB
-)
-torch.library.register_autograd(
-    "seqkern::recurrent_backward", _double_backward, setup_context=_setup_double, lib=_LIB
-)
-register_batching(_LIB)
+register(_LIB)
 
 
 # ---- the entry ----------------------------------------------------------------------------
@@ -244,7 +163,8 @@ def recurrent(
         # Only the reference, plain PyTorch operations, carries tangents.
         y, h_n, c_n, _, _ = reference.recurrent(x, batch_sizes, h0, c0, weights, mode)
     elif _needs_grad(x, h0, c0, weights):
-        y, h_n, c_n, _, _ = _training_op(x, batch_sizes, h0, c0, weights, mode)
+        run = _training_op if is_compiling() else training
+        y, h_n, c_n, _, _ = run(x, batch_sizes, h0, c0, weights, mode)
     else:
         y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, packed or [], mode)
     return y, h_n, None if c0 is None else c_n
@@ -263,4 +183,4 @@ def _needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor])
         if w.requires_grad:
             return True
     # Inside torch.func transforms the outermost tensor does not tell what the inner ones need.
-    return peek_interpreter_stack() is not None
+    return not is_compiling() and peek_interpreter_stack() is not None

@@ -27,6 +27,7 @@ Both functions use only differentiable operations and no in-place ones, so that 
 torch.func, can derive them again: this is how second derivatives are defined.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -95,8 +96,7 @@ def step_sizes(x: Tensor, batch_sizes: Tensor | None) -> list[int]:
 
 def steps(sizes: list[int], backwards: bool):
     """(number of rows, their slice of the N packed rows) for each step of the walk."""
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    walk = [(b, slice(end - b, end)) for b, end in zip(sizes, ends, strict=True)]
+    walk = [(b, slice(end - b, end)) for b, end in zip(sizes, accumulate(sizes), strict=True)]
     return walk[::-1] if backwards else walk
 
 
@@ -159,13 +159,12 @@ def recurrent(
         cells.append(in_time_order(cs, d == 1).to(dtype))
         gates.append(in_time_order(saved, d == 1).to(dtype))
     y = torch.cat(ys, -1).view(*x.shape[:-1], -1)
-    none = x.new_empty(0)
     has_cells, has_gates = mode == "LSTM", mode in ("LSTM", "GRU")
     return (
         y,
         torch.stack(h_ns),
-        torch.stack(c_ns) if has_cells else none,
-        torch.stack(gates) if has_gates else none,
+        torch.stack(c_ns) if has_cells else x.new_empty(0),
+        torch.stack(gates) if has_gates else x.new_empty(0),
         torch.stack(cells) if has_cells else x.new_empty(0),
     )
 
