@@ -31,7 +31,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl' | \
 	  xargs --no-run-if-empty $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mkdocs build --strict --quiet
 

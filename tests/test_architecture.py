@@ -90,7 +90,7 @@ def test_every_part_has_a_rule():
 def test_device_code_knows_nothing_of_seqkern():
     wrong = [f"{p}:{n}" for p in python_files("kernels") for n, _ in seqkern_imports(p)]
     for path in (ROOT / "csrc").rglob("*"):
-        if path.suffix in {".h", ".cpp", ".cu", ".cuh"}:
+        if path.suffix in {".h", ".inl", ".cpp", ".cu", ".cuh"}:
             text = path.read_text()
             wrong += [str(path)] * bool(
                 re.search(r"PyImport_|module_::import|module::import", text)
@@ -123,7 +123,7 @@ def test_import_needs_torch_alone():
 
 
 def source_files() -> list[Path]:
-    kinds = {".py", ".cpp", ".h", ".cu", ".cuh"}
+    kinds = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh"}
     folders = ("seqkern", "kernels", "csrc", "tests", "benchmarks", "examples")
     found = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in kinds]
     return [ROOT / "setup.py", *found]
