@@ -33,10 +33,10 @@ lint: $(VENV)/.lint
 	$(BIN)/pyright
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl' | \
 	  xargs --no-run-if-empty $(BIN)/clang-format --dry-run -Werror
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs: $(VENV)/.lint
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(VENV)/.package
 	$(BIN)/python -m pip --disable-pip-version-check wheel . \
