@@ -7,9 +7,11 @@ with an autograd formula in Python costs tens of microseconds a call even where 
 gradient.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -159,12 +161,8 @@ def recurrent(
         c0 = None if c0 is None else _autocast(c0, dtype)
         weights = [_autocast(w, dtype) for w in weights]
     check_recurrent(mode, mode, x, batch_sizes, h0, c0, weights)
-    if forward_ad._current_level >= 0:
-        # Only the reference, plain PyTorch operations, carries tangents.
-        y, h_n, c_n, _, _ = reference.recurrent(x, batch_sizes, h0, c0, weights, mode)
-    elif _needs_grad(x, h0, c0, weights):
-        run = _training_op if is_compiling() else training
-        y, h_n, c_n, _, _ = run(x, batch_sizes, h0, c0, weights, mode)
+    if _needs_grad(x, h0, c0, weights):
+        y, h_n, c_n, _, _ = _recorded()(x, batch_sizes, h0, c0, weights, mode)
     else:
         y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, packed or [], mode)
     return y, h_n, None if c0 is None else c_n
@@ -175,6 +173,8 @@ def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]) -> bool:
+    if forward_ad._current_level >= 0:
+        return True
     if not torch.is_grad_enabled():
         return False
     if x.requires_grad or h0.requires_grad or (c0 is not None and c0.requires_grad):
@@ -183,4 +183,14 @@ def _needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor])
         if w.requires_grad:
             return True
     # Inside torch.func transforms the outermost tensor does not tell what the inner ones need.
-    return not is_compiling() and peek_interpreter_stack() is not None
+    return _are_functorch_transforms_active()
+
+
+def _recorded() -> Callable[..., tuple[Tensor, ...]]:
+    """The forward whose derivatives the context can take."""
+    compiling, transformed = is_compiling(), _are_functorch_transforms_active()
+    if forward_ad._current_level >= 0 or (compiling and transformed):
+        # Only plain PyTorch operations carry tangents, and only they can be traced by
+        # torch.compile inside a transform.
+        return reference.recurrent
+    return _training_op if compiling else training
