@@ -1,0 +1,41 @@
+"""What the commands share: their errors, their progress bar and their kinds of option."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+Checkpoint = Annotated[Path, typer.Argument(help="checkpoint.pt of a run")]
+Beam = Annotated[int, typer.Option(help="hypotheses kept for each word; 1 is greedy")]
+Layers = Annotated[
+    str | None, typer.Option(help="recurrent layers: seqkern or torch; seqkern for a new run")
+]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the command with one line on what is wrong with its input, and status 2."""
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"seqkern: {error}", file=sys.stderr)
+        raise typer.Exit(USER_ERROR) from error
+
+
+def progress_bar() -> Progress:
+    """A bar with name, steps done, the last loss and the time left."""
+    return Progress(
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]:>12}"),
+        TimeRemainingColumn(),
+    )

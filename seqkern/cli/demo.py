@@ -1,0 +1,120 @@
+"""`seqkern demo`: grapheme-to-phoneme, trained on torch.nn's layers and on seqkern's."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from seqkern.cli import doctor
+from seqkern.cli.common import INTERRUPTED, Beam, progress_bar, user_errors
+from seqkern.tasks.compare import RUNS, Comparison, compare, train_in_turns
+from seqkern.tasks.data import Split, references
+from seqkern.tasks.predictor import Alignment, Predictor
+from seqkern.tasks.report import table_rows, write_report
+from seqkern.tasks.run import stop_on_signal
+from seqkern.tasks.task import Task
+from seqkern.tasks.training import Trainer, TrainOptions
+
+OPTION = typer.Option
+SHOWN = 6  # words with a heat-map
+
+
+def demo(
+    out: Annotated[Path, OPTION(help="folder of both runs and report.html")] = Path("runs/demo"),
+    data: Annotated[str, OPTION(help="cmudict, or a source<TAB>target file")] = "cmudict",
+    steps: Annotated[int, OPTION(help="steps of each run")] = TrainOptions.steps,
+    batch_size: Annotated[int, OPTION(help="words of a step")] = TrainOptions.batch_size,
+    hidden: Annotated[int, OPTION(help="units of encoder and decoder")] = 128,
+    seed: Annotated[int, OPTION(help="of split, weights and order")] = TrainOptions.seed,
+    beam: Beam = 4,
+) -> None:
+    """Train the same model on both sets of layers, compare them, and write a report."""
+    started = time.perf_counter()
+    console = Console()
+    with user_errors():
+        task = Task(data, seed=seed)
+        split = task.load()
+        options = TrainOptions(steps=steps, batch_size=batch_size, seed=seed)
+        trainers = {name: Trainer(task, options, {"hidden": hidden}, name, split) for name in RUNS}
+        facts = _facts(trainers["seqkern"], split)
+        for name, value in facts:
+            console.print(f"{name}: {value}", highlight=False)
+        rates = _train(trainers, out)
+        comparison = _decode(trainers, split, out, rates, beam)
+        console.print(_table(comparison))
+        facts.append(("whole time", f"{time.perf_counter() - started:.0f} s"))
+        report = out / "report.html"
+        alignments = _alignments(trainers["seqkern"], split, beam)
+        write_report(report, comparison, alignments, facts, "\n".join(doctor.report()))
+    console.print(f"{facts[-1][1]}; report: {report}", highlight=False)
+
+
+def _facts(trainer: Trainer, split: Split) -> list[tuple[str, str]]:
+    parts = [len(references(part)) for part in (split.train, split.dev, split.test)]
+    size = sum(p.numel() for p in trainer.model.parameters())
+    options, config = trainer.options, trainer.model.config
+    return [
+        (
+            "data",
+            f"{trainer.task.data}: {parts[0]:,} words to train, {parts[1]:,} dev, "
+            f"{parts[2]:,} test; {len(split.train):,} training pairs",
+        ),
+        ("model", f"RNNSearch, hidden {config.hidden}, {size:,} parameters"),
+        (
+            "training",
+            f"{options.steps} steps of {options.batch_size} words, lr {options.lr}, "
+            f"seed {options.seed}, {torch.get_num_threads()} threads",
+        ),
+    ]
+
+
+def _train(trainers: dict[str, Trainer], out: Path) -> dict[str, float]:
+    with stop_on_signal() as stop, progress_bar() as bar:
+        lines = {
+            name: bar.add_task(name, total=trainer.options.steps, note="")
+            for name, trainer in trainers.items()
+        }
+
+        def on_step(name: str, loss: float) -> None:
+            bar.update(lines[name], advance=1, note=f"loss {loss:.3f}")
+
+        rates = train_in_turns(trainers, out, stop, on_step)
+    if stop:
+        print("stopped; either run goes on with: seqkern train --resume --run " + str(out / "NAME"))
+        raise typer.Exit(INTERRUPTED)
+    return rates
+
+
+def _decode(
+    trainers: dict[str, Trainer], split: Split, out: Path, rates: dict[str, float], beam: int
+) -> Comparison:
+    words = len(references(split.test))
+    with progress_bar() as bar:
+        lines = {name: bar.add_task(name, total=words, note="decoding") for name in trainers}
+        return compare(
+            trainers, split, out, rates, beam, lambda name, n: bar.update(lines[name], advance=n)
+        )
+
+
+def _table(comparison: Comparison) -> Table:
+    table = Table("", "torch.nn", "seqkern.nn", "compared")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in table_rows(comparison):
+        table.add_row(*row)
+    return table
+
+
+def _alignments(trainer: Trainer, split: Split, beam: int) -> list[Alignment]:
+    """Of test words from all over the alphabet, long enough to show much where there are such."""
+    sources = list(references(split.test))
+    words = [source for source in sources if 7 <= len(source) <= 12] or sources
+    predictor = Predictor.of(trainer)
+    spread = words[:: max(1, len(words) // SHOWN)][:SHOWN]
+    return [predictor.align(word, beam) for word in spread]

@@ -1,0 +1,1 @@
+"""Data, training, decoding and measuring for the models; needs the extra `demo`."""

@@ -1,0 +1,132 @@
+"""The same training twice in one process, on torch.nn's recurrent layers and on seqkern's.
+
+The two take turns, a block of steps each, so that whatever else the machine does meets both; a
+rate is the median over the blocks.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from seqkern.tasks.data import Split, references
+from seqkern.tasks.metrics import ErrorRates, error_rates
+from seqkern.tasks.predictor import Predictor
+from seqkern.tasks.run import StopRequest, read_log, run_steps, start_log
+from seqkern.tasks.training import Trainer
+
+RUNS = ("torch", "seqkern")
+BLOCK = 50  # steps of a turn, and the losses that are compared one by one
+PARTS = 8  # turns of decoding
+
+
+@dataclass
+class Result:
+    """One of the two runs: rates in words/s, losses in nats per symbol."""
+
+    train_rate: float
+    decode_rate: float
+    errors: ErrorRates
+    losses: list[float]
+
+
+@dataclass
+class Comparison:
+    """Both runs, and what is only known of the two together."""
+
+    torch: Result
+    seqkern: Result
+    beam: int
+
+    @property
+    def train_ratio(self) -> float:
+        return self.seqkern.train_rate / self.torch.train_rate
+
+    @property
+    def decode_ratio(self) -> float:
+        return self.seqkern.decode_rate / self.torch.decode_rate
+
+    @property
+    def loss_difference(self) -> float:
+        """The largest difference of the first BLOCK losses; later ones drift apart chaotically."""
+        pairs = zip(self.torch.losses[:BLOCK], self.seqkern.losses[:BLOCK])
+        return max(abs(a - b) for a, b in pairs)
+
+
+def train_in_turns(
+    trainers: dict[str, Trainer],
+    folder: Path,
+    stop: StopRequest,
+    on_step: Callable[[str, float], None],
+) -> dict[str, float]:
+    """Trains all to their end, or until asked to stop; returns each one's words/s.
+
+    Logs and checkpoints go to folder/NAME; what an earlier comparison left there is removed.
+    """
+    for name, trainer in trainers.items():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        start_log(folder / name, trainer.step)
+    rates: dict[str, list[float]] = {name: [] for name in trainers}
+    names = list(trainers)
+    while not stop and not all(trainer.finished for trainer in trainers.values()):
+        for name in names:
+            taken = run_steps(
+                trainers[name], folder / name, BLOCK, stop, lambda loss, n=name: on_step(n, loss)
+            )
+            rates[name].append(sum(words for words, _ in taken) / sum(s for _, s in taken))
+        names.reverse()  # whoever went last goes first: neither has the warmer turn
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def decode_in_turns(
+    predictors: dict[str, Predictor],
+    sources: Sequence[Sequence[str]],
+    beam: int,
+    on_words: Callable[[str, int], None],
+) -> tuple[dict[str, list[tuple[str, ...]]], dict[str, float]]:
+    """Every predictor's targets of the sources, in their order, and its words/s."""
+    order = list(range(len(sources)))
+    random.Random(0).shuffle(order)  # parts of like mixture
+    targets: dict[str, list[tuple[str, ...]]] = {n: [()] * len(sources) for n in predictors}
+    rates: dict[str, list[float]] = {name: [] for name in predictors}
+    names = list(predictors)
+    for start in range(min(PARTS, len(order))):
+        part = order[start::PARTS]
+        for name in names:
+            before = time.perf_counter()
+            decoded = predictors[name].decode([sources[i] for i in part], beam)
+            rates[name].append(len(part) / (time.perf_counter() - before))
+            for i, target in zip(part, decoded, strict=True):
+                targets[name][i] = target
+            on_words(name, len(part))
+        names.reverse()
+    return targets, {name: statistics.median(values) for name, values in rates.items()}
+
+
+def compare(
+    trainers: dict[str, Trainer],
+    split: Split,
+    folder: Path,
+    train_rates: dict[str, float],
+    beam: int,
+    on_words: Callable[[str, int], None],
+) -> Comparison:
+    """Decodes the test words with both trained models and puts all figures together."""
+    answers = references(split.test)
+    predictors = {name: Predictor.of(trainer) for name, trainer in trainers.items()}
+    targets, decode_rates = decode_in_turns(predictors, list(answers), beam, on_words)
+    results = {
+        name: Result(
+            train_rates[name],
+            decode_rates[name],
+            error_rates(targets[name], list(answers.values())),
+            [line["loss"] for line in read_log(folder / name)],
+        )
+        for name in RUNS
+    }
+    return Comparison(results["torch"], results["seqkern"], beam)

