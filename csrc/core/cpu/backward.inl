@@ -1,0 +1,350 @@
+// The backward of one direction: the steps in the opposite order, in chunks. Within a chunk the
+// gradients of the pre-activations dg are found step by step; then the chunk's share of dx, dW and
+// db comes from products over all its rows. The order of every sum is fixed by the row numbers, so
+// the results do not depend on the number of threads.
+
+// A run of columns of dg and where they belong in the gradients of the weights (-1: nowhere).
+struct GradColumns {
+  int64_t begin, end, ih_row, hh_row;
+};
+
+template <Mode M>
+SK_INLINE int grad_columns(int64_t H, GradColumns* out) {
+  if constexpr (M == Mode::gru) {  // r z | nx: only the input's | nh: only the recurrent
+    out[0] = {0, 2 * H, 0, 0};
+    out[1] = {2 * H, 3 * H, 2 * H, -1};
+    out[2] = {3 * H, 4 * H, -1, 2 * H};
+    return 3;
+  }
+  out[0] = {0, (M == Mode::lstm ? 4 : 1) * H, 0, 0};
+  return 1;
+}
+
+template <class S, class C, Mode M>
+struct BackwardPass {
+  using K = Cell<M, C>;
+  using Plain = Cell<Mode::rnn_tanh, C>;
+  static constexpr int L = kLanes<C>, W = kPanel<C>;
+  static constexpr bool kGru = M == Mode::gru;
+
+  const Backward& f;
+  const Shape& s;
+  const Member& me;
+  const int d;
+  const int64_t GH, grads, Ip, Pp, Hp;  // Ip, Pp, Hp: panels of inputs, outputs, units
+  const int64_t ldi, ldp, ldh, ldg, chunk_rows;
+  const Range my_outputs, my_units;  // panels
+  const RowShare share_rows;
+  const bool need_w;
+  C *hh, *hh_n, *ih, *hr;                              // packed, as (k, n) matrices
+  C *dh, *dc, *dm, *dg[2], *dhp;                       // dhp: total gradient of h, with proj only
+  C *x_panels, *h_panels, *m_panels;                   // the chunk's inputs, to multiply dg with
+  C *dw_ih, *dw_hh, *dw_hr, *db;                       // sums over the chunks
+  C *a_tile, *dx_rows;
+
+  // Long enough that reading and writing the sums of dW is repaid by the products.
+  static int64_t rows_per_chunk(const Shape& s) {
+    const int64_t row = K::grads * s.H * int64_t(sizeof(C));
+    return max_(s.B, min_(max_<int64_t>(192, (1 << 20) / row), s.N));
+  }
+
+  BackwardPass(const Backward& f_, const Member& me_)
+      : f(f_),
+        s(f_.shape),
+        me(me_),
+        d(me_.direction),
+        GH(gates_of(M) * s.H),
+        grads(K::grads * s.H),
+        Ip(ceil_div(s.I, W)),
+        Pp(ceil_div(s.P, W)),
+        Hp(ceil_div(s.H, W)),
+        ldi(padded_row<C>(s.I)),
+        ldp(padded_row<C>(s.P)),
+        ldh(padded_row<C>(s.H)),
+        ldg(padded_row<C>(grads)),
+        chunk_rows(rows_per_chunk(s)),
+        my_outputs(me_.units ? share_of(Pp, me_) : Range{0, Pp}),
+        my_units(me_.units ? share_of(Hp, me_) : Range{0, Hp}),
+        share_rows(me_.units ? RowShare{0, 1} : RowShare{me_.rank, me_.members}),
+        need_w(f_.dw[0][0] != nullptr) {}
+
+  void carve(Carver shared, Carver own, Workspace* count) {
+    hh = shared.take<C>(Pp * W * (kGru ? 2 * s.H : GH));
+    hh_n = shared.take<C>(kGru ? Pp * W * s.H : 0);
+    ih = shared.take<C>(f.dx ? Ip * W * GH : 0);
+    hr = shared.take<C>(s.proj ? Hp * W * s.P : 0);
+    dh = shared.take<C>(s.B * ldp);
+    dc = shared.take<C>(M == Mode::lstm ? s.B * ldh : 0);
+    dm = shared.take<C>(s.proj ? s.B * ldh : 0);
+    for (C*& buffer : dg) buffer = shared.take<C>(chunk_rows * ldg);
+    dhp = shared.take<C>(s.proj ? chunk_rows * ldp : 0);
+    x_panels = shared.take<C>(need_w ? Ip * W * chunk_rows : 0);
+    h_panels = shared.take<C>(need_w ? Pp * W * chunk_rows : 0);
+    m_panels = shared.take<C>(need_w && s.proj ? Hp * W * chunk_rows : 0);
+    dw_ih = shared.take<C>(need_w ? GH * ldi : 0);
+    dw_hh = shared.take<C>(need_w ? GH * ldp : 0);
+    dw_hr = shared.take<C>(need_w && s.proj ? s.P * ldh : 0);
+    db = shared.take<C>(need_w ? ldg : 0);
+    a_tile = own.take<C>(need_w ? chunk_rows * kTileRows : 0);
+    dx_rows = own.take<C>(f.dx ? kTileRows * ldi : 0);
+    if (count) *count = {shared.used, own.used};
+  }
+
+  static Workspace workspace(const Backward& f, const Member& me) {
+    Workspace w;
+    BackwardPass(f, me).carve({nullptr}, {nullptr}, &w);
+    return w;
+  }
+
+  void run() {
+    carve({me.shared}, {me.scratch}, nullptr);
+    prepare();
+    const C* dg_prev = nullptr;
+    int64_t n_prev = 0;
+    for (int64_t i = 0, chunk = 0; i < s.T; ++chunk) {
+      int64_t end = i, rows = 0;
+      for (; end < s.T && (rows == 0 || rows + s.rows(time(end)) <= chunk_rows); ++end)
+        rows += s.rows(time(end));
+      const int64_t t0 = min_(time(i), time(end - 1)), t1 = max_(time(i), time(end - 1)) + 1;
+      const int64_t first = s.offset(t0);
+      C* gradients = dg[chunk & 1];
+      for (; i < end; ++i) {
+        const int64_t t = time(i);
+        C* now = gradients + (s.offset(t) - first) * ldg;
+        recur(dg_prev, n_prev);
+        step(t, now, s.proj ? dhp + (s.offset(t) - first) * ldp : nullptr);
+        if (me.units) me.wait();
+        dg_prev = now, n_prev = s.rows(t);
+      }
+      me.wait();
+      finish_chunk(t0, t1, first, rows, gradients);
+    }
+    recur(dg_prev, n_prev);
+    me.wait();
+    write_results();
+  }
+
+  int64_t time(int64_t i) const { return d == 0 ? s.T - 1 - i : i; }
+
+  static void pack_natural(C* dst, const void* w, int64_t k0, int64_t k, int64_t n, Range r) {
+    for (int64_t p = r.begin; p < r.end; ++p)
+      pack_columns<C>(dst + p * W * k, static_cast<const S*>(w) + k0 * n, n, k, n, p);
+  }
+
+  void prepare() {
+    const Weights& w = f.w[d];
+    pack_natural(hh, w.w_hh, 0, kGru ? 2 * s.H : GH, s.P, share_of(Pp, me));
+    if (kGru) pack_natural(hh_n, w.w_hh, 2 * s.H, s.H, s.P, share_of(Pp, me));
+    if (f.dx) pack_natural(ih, w.w_ih, 0, GH, s.I, share_of(Ip, me));
+    if (s.proj) pack_natural(hr, w.w_hr, 0, s.P, s.H, share_of(Hp, me));
+    const S *dh_n = static_cast<const S*>(f.dh_n), *dc_n = static_cast<const S*>(f.dc_n);
+    for (int64_t b = me.rank; b < s.B; b += me.members) {
+      const int64_t at = d * s.B + b;
+      copy_row<C>(dh + b * ldp, dh_n + at * s.P, dh_n ? s.P : 0, ldp);
+      if (M == Mode::lstm) copy_row<C>(dc + b * ldh, dc_n + at * s.H, dc_n ? s.H : 0, ldh);
+    }
+    if (need_w) {
+      zero(dw_ih, GH * ldi), zero(dw_hh, GH * ldp), zero(db, ldg);
+      if (s.proj) zero(dw_hr, s.P * ldh);
+    }
+    me.wait();
+  }
+
+  void zero(C* p, int64_t n) {
+    const Range r = share_of(n, me);
+    for (int64_t i = r.begin; i < r.end; ++i) p[i] = C(0);
+  }
+
+  // dh += dg W_hh for the rows of the step before (in this order), whose dg is complete.
+  void recur(const C* dg_prev, int64_t n_prev) {
+    if (!dg_prev) return;
+    const int64_t n = share_rows.of(n_prev), lda = share_rows.stride * ldg;
+    const C* a = dg_prev + share_rows.first * ldg;
+    add_product(n, a, lda, hh, kGru ? 2 * s.H : GH, my_outputs, dh, ldp);
+    if (kGru) add_product(n, a + 3 * s.H, lda, hh_n, s.H, my_outputs, dh, ldp);
+  }
+
+  void add_product(int64_t n, const C* a, int64_t lda, const C* packed, int64_t k, Range panels,
+                   C* out, int64_t ld) {
+    gemm<C, C, C, Mode::rnn_tanh>(n, a, lda, {packed, nullptr, 0, k}, panels.begin, panels.end,
+                                  out + share_rows.first * ld, share_rows.stride * ld, Plain::ih,
+                                  nullptr, false);
+  }
+
+  void step(int64_t t, C* now, C* total) {
+    const int64_t n = share_rows.of(s.rows(t));
+    if (s.proj) through_projection(t, n, total);
+    const S *y = static_cast<const S*>(f.y), *cells = static_cast<const S*>(f.cells);
+    const int64_t before = d == 0 ? t - 1 : t + 1;
+    const int64_t carried = d == 0 ? (t > 0 ? s.B : 0) : (before < s.T ? s.rows(before) : 0);
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t b = share_rows[r], row = s.offset(t) + b, at = d * s.B + b;
+      BackwardRow<S, C> p{};
+      p.y = y + (row * s.D + d) * s.P;
+      if (f.dy && !s.proj) p.dy = static_cast<const S*>(f.dy) + (row * s.D + d) * s.P;
+      if (saved_of(M)) p.gates = static_cast<const S*>(f.gates) + (d * s.N + row) * saved_of(M) * s.H;
+      p.h_prev = b < carried ? y + ((s.offset(before) + b) * s.D + d) * s.P
+                             : static_cast<const S*>(f.h0) + at * s.P;
+      if (M == Mode::lstm) {
+        p.cells = cells + (d * s.N + row) * s.H;
+        p.c_prev = b < carried ? cells + (d * s.N + s.offset(before) + b) * s.H
+                               : static_cast<const S*>(f.c0) + at * s.H;
+        p.dc = dc + b * ldh;
+      }
+      p.dh = s.proj ? dm + b * ldh : dh + b * ldp;
+      p.dg = now + b * ldg;
+      for (int64_t j = my_units.begin * W; j < min_(my_units.end * W, s.H); j += L)
+        K::template backward<S>(p, j, s.H);
+    }
+  }
+
+  // total = dh + dy, dm = total W_hr, dh = 0.
+  void through_projection(int64_t t, int64_t n, C* total) {
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t b = share_rows[r], row = s.offset(t) + b;
+      for (int64_t j = my_outputs.begin * W; j < min_(my_outputs.end * W, s.P); j += L) {
+        V<C> v = load<C>(dh + b * ldp + j);
+        if (f.dy) v += load_n<C>(static_cast<const S*>(f.dy) + (row * s.D + d) * s.P + j, s.P - j);
+        store<C>(total + b * ldp + j, v);
+        store<C>(dh + b * ldp + j, V<C>{});
+      }
+      for (int64_t j = my_units.begin * W; j < my_units.end * W; j += L)
+        store<C>(dm + b * ldh + j, V<C>{});
+    }
+    if (me.units) me.wait();
+    add_product(n, total + share_rows.first * ldp, share_rows.stride * ldp, hr, s.P, my_units, dm,
+                ldh);
+  }
+
+  // ---- the products over all rows of a chunk, steps [t0, t1)
+
+  void finish_chunk(int64_t t0, int64_t t1, int64_t first, int64_t rows, const C* gradients) {
+    if (f.dx) input_gradient(t0, t1, first, gradients);
+    if (!need_w) return;
+    fill_panels(t0, t1, first, rows);
+    me.wait();
+    GradColumns run[3];
+    for (int i = 0, runs = grad_columns<M>(s.H, run); i < runs; ++i)
+      weight_gradient(gradients, ldg, run[i].begin, run[i].end, rows,
+                      run[i].ih_row < 0 ? nullptr : dw_ih + run[i].ih_row * ldi,
+                      run[i].hh_row < 0 ? nullptr : dw_hh + run[i].hh_row * ldp, db + run[i].begin);
+    if (s.proj) weight_gradient(dhp, ldp, 0, s.P, rows, nullptr, nullptr, nullptr);
+    if (s.proj) me.wait();  // dhp has one buffer only
+  }
+
+  // dx = dg W_ih, a tile of rows at a time.
+  void input_gradient(int64_t t0, int64_t t1, int64_t first, const C* gradients) {
+    S* dx = static_cast<S*>(d == 0 ? f.dx : f.dx_reverse);
+    const int64_t total = s.offset(t1 - 1) + s.rows(t1 - 1) - s.offset(t0);
+    const Range mine = share_of(total, me);
+    for (int64_t r = mine.begin; r < mine.end; r += kTileRows) {
+      const int64_t n = min_<int64_t>(kTileRows, mine.end - r);
+      for (int64_t j = 0; j < n * ldi; j += L) store<C>(dx_rows + j, V<C>{});
+      gemm<C, C, C, Mode::rnn_tanh>(n, gradients + r * ldg, ldg, {ih, nullptr, 0, GH}, 0, Ip,
+                                    dx_rows, ldi, Plain::ih, nullptr, false);
+      for (int64_t q = 0; q < n; ++q)
+        for (int64_t j = 0; j < s.I; j += L)
+          store_n<C>(dx + (first + r + q) * s.I + j, load<C>(dx_rows + q * ldi + j), s.I - j);
+    }
+  }
+
+  // The chunk's x, h of the step before, and m (with a projection) as panels of (rows, W).
+  void fill_panels(int64_t t0, int64_t t1, int64_t first, int64_t rows) {
+    const S *y = static_cast<const S*>(f.y), *x = static_cast<const S*>(f.x);
+    for (int64_t t = t0; t < t1; ++t) {
+      const int64_t before = d == 0 ? t - 1 : t + 1;
+      const int64_t carried = d == 0 ? (t > 0 ? s.B : 0) : (before < s.T ? s.rows(before) : 0);
+      for (int64_t b = me.rank; b < s.rows(t); b += me.members) {
+        const int64_t row = s.offset(t) + b, k = row - first;
+        const S* x_row = s.batch_sizes ? x + row * f.x_rows.row
+                                       : x + t * f.x_rows.step + b * f.x_rows.row;
+        const S* h_row = b < carried ? y + ((s.offset(before) + b) * s.D + d) * s.P
+                                     : static_cast<const S*>(f.h0) + (d * s.B + b) * s.P;
+        spread(x_panels + k * W, x_row, s.I, rows);
+        spread(h_panels + k * W, h_row, s.P, rows);
+        if (s.proj) spread_m(m_panels + k * W, d * s.N + row, rows);
+      }
+    }
+  }
+
+  static void spread(C* to, const S* from, int64_t n, int64_t rows) {
+    for (int64_t j = 0; j < n; j += W) copy_row<C>(to + j * rows, from + j, min_<int64_t>(W, n - j), W);
+  }
+
+  void spread_m(C* to, int64_t at, int64_t rows) {  // m = o tanh(c)
+    const S* o = static_cast<const S*>(f.gates) + (at * 4 + 3) * s.H;
+    const S* c = static_cast<const S*>(f.cells) + at * s.H;
+    for (int64_t j = 0; j < Hp * W; j += L)
+      store<C>(to + (j / W) * W * rows + j % W,
+               j < s.H ? load_n<C>(o + j, s.H - j) * tanh<C>(load_n<C>(c + j, s.H - j)) : V<C>{});
+  }
+
+  // Columns [begin, end) of `a` (rows, lda), transposed, times x and h of the chunk, added to the
+  // sums; with neither sum, times m into dw_hr. Also the column sums, for the biases.
+  void weight_gradient(const C* a, int64_t lda, int64_t begin, int64_t end, int64_t rows, C* to_ih,
+                       C* to_hh, C* sums) {
+    const Range tiles = share_of(ceil_div(end - begin, kTileRows), me);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      const int64_t j = tile * kTileRows;
+      const int n = int(min_<int64_t>(kTileRows, end - begin - j));
+      if (n == kTileRows)
+        take_columns<kTileRows>(a + begin + j, lda, rows, n, sums ? sums + j : nullptr);
+      else
+        take_columns<0>(a + begin + j, lda, rows, n, sums ? sums + j : nullptr);
+      if (to_ih) multiply(n, rows, x_panels, Ip, to_ih + j * ldi, ldi);
+      if (to_hh) multiply(n, rows, h_panels, Pp, to_hh + j * ldp, ldp);
+      if (!to_ih && !to_hh) multiply(n, rows, m_panels, Hp, dw_hr + j * ldh, ldh);
+    }
+  }
+
+  template <int Fixed>
+  void take_columns(const C* a, int64_t lda, int64_t rows, int some, C* sums) {
+    const int n = Fixed ? Fixed : some;
+    C sum[kTileRows] = {};
+    for (int64_t k = 0; k < rows; ++k)
+      for (int r = 0; r < n; ++r) {
+        const C v = a[k * lda + r];
+        a_tile[k * n + r] = v;
+        sum[r] += v;
+      }
+    for (int r = 0; sums && r < n; ++r) sums[r] += sum[r];
+  }
+
+  void multiply(int n, int64_t rows, const C* panels, int64_t count, C* out, int64_t ld) {
+    const int64_t at[1] = {0};
+    for (int64_t p = 0; p < count; ++p)
+      tile_rows<C, true>(n, 1, rows, a_tile, n, panels + p * W * rows, 0, out + p * W, ld, at);
+  }
+
+  // ---- results
+
+  void write_results() {
+    for (int64_t b = me.rank; b < s.B; b += me.members) {
+      const int64_t at = d * s.B + b;
+      write_row(static_cast<S*>(f.dh0) + at * s.P, dh + b * ldp, s.P);
+      if (M == Mode::lstm) write_row(static_cast<S*>(f.dc0) + at * s.H, dc + b * ldh, s.H);
+    }
+    if (!need_w) return;
+    write_matrix(f.dw[d][0], dw_ih, GH, s.I, ldi);
+    write_matrix(f.dw[d][1], dw_hh, GH, s.P, ldp);
+    if (s.proj) write_matrix(f.dw[d][4], dw_hr, s.P, s.H, ldh);
+    if (!s.bias || me.rank != 0) return;
+    GradColumns run[3];
+    for (int i = 0, runs = grad_columns<M>(s.H, run); i < runs; ++i) {
+      const int64_t n = run[i].end - run[i].begin;
+      const C* from = db + run[i].begin;
+      if (run[i].ih_row >= 0) write_row(static_cast<S*>(f.dw[d][2]) + run[i].ih_row, from, n);
+      if (run[i].hh_row >= 0) write_row(static_cast<S*>(f.dw[d][3]) + run[i].hh_row, from, n);
+    }
+  }
+
+  static void write_row(S* to, const C* from, int64_t n) {
+    for (int64_t j = 0; j < n; j += L) store_n<C>(to + j, load_n<C>(from + j, n - j), n - j);
+  }
+
+  void write_matrix(void* to, const C* from, int64_t rows, int64_t columns, int64_t ld) {
+    const Range r = share_of(rows, me);
+    for (int64_t i = r.begin; i < r.end; ++i)
+      write_row(static_cast<S*>(to) + i * columns, from + i * ld, columns);
+  }
+};

@@ -1,0 +1,235 @@
+// C += A B, the one product of the forward and the backward.
+//
+// B is read in panels of two vectors: (panels, K, 2 * lanes). A tile keeps up to SK_ACC accumulator
+// vectors in registers and walks k in order, one fused multiply-add per element, so an element of C
+// has the same bits whatever tile, thread or batch computes it.
+
+template <class C>
+constexpr int kPanel = 2 * kLanes<C>;
+
+// Where the panels of a group of hidden units go in a row of C: panel p at
+// (p / panels) * width + at[p % panels], in elements.
+struct Columns {
+  int panels, width;
+  int at[4];
+};
+SK_INLINE int64_t column_of(const Columns& m, int64_t p) {
+  return (p / m.panels) * m.width + m.at[p % m.panels];
+}
+
+// Which rows of a weight matrix make one vector of a panel: `count` rows from `first`, the rest zero.
+struct VectorRows {
+  int64_t first, count;
+};
+// Gates of one block of units stand together. LSTM: i f g o of each block; GRU: r z r z n n of two
+// blocks, so that its panels of two vectors do not straddle; otherwise rows in their order.
+template <Mode M>
+SK_INLINE VectorRows gate_rows(int64_t v, int64_t H, int lanes) {
+  int64_t block = v, gate = 0;
+  if (M == Mode::lstm) block = v / 4, gate = v % 4;
+  if (M == Mode::gru) {
+    const int64_t w = v % 6;
+    block = 2 * (v / 6) + (w < 4 ? w / 2 : w - 4);
+    gate = w < 4 ? w % 2 : 2;
+  }
+  const int64_t left = H - block * lanes;
+  return {gate * H + block * lanes, max_<int64_t>(0, min_<int64_t>(left, lanes))};
+}
+
+// ---- packing
+
+// In place transposition of lanes x lanes elements by log2(lanes) exchanges.
+template <class C, int D>
+SK_INLINE void exchange(V<C>* r) {
+  constexpr int L = kLanes<C>;
+  typename Simd<C>::I lo, hi;
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) {
+    lo[l] = (l & D) == 0 ? l : L + l - D;
+    hi[l] = (l & D) == 0 ? l + D : L + l;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i)
+    if ((i & D) == 0) {
+      const V<C> a = r[i], b = r[i + D];
+      r[i] = __builtin_shuffle(a, b, lo);
+      r[i + D] = __builtin_shuffle(a, b, hi);
+    }
+}
+template <class C>
+SK_INLINE void transpose(V<C>* r) {
+  if constexpr (kLanes<C> > 8) exchange<C, 8>(r);
+  if constexpr (kLanes<C> > 4) exchange<C, 4>(r);
+  if constexpr (kLanes<C> > 2) exchange<C, 2>(r);
+  exchange<C, 1>(r);
+}
+
+// A weight matrix as the product reads it: packed panels, or the rows as they lie, to be packed
+// panel by panel into scratch just before use (sequences too short to repay a packed copy).
+template <class S, class A>
+struct Matrix {
+  const A* packed;
+  const S* raw;
+  int64_t rows;  // of `raw`: hidden units for gate rows, else all of them
+  int64_t K;
+};
+
+// Elements of one panel. A is the type of the operands; it differs from the compute type C only
+// where the processor multiplies bf16 itself.
+template <class A, class C>
+SK_INLINE int64_t panel_size(int64_t K) {
+  return K * kPanel<C>;
+}
+
+template <class A, class C, class S, Mode M>
+static void pack_panel(A* dst, const S* w, int64_t rows, int64_t K, int64_t panel) {
+  static_assert(sizeof(A) == sizeof(C), "operands in the compute type");
+  constexpr int L = kLanes<C>;
+  for (int half = 0; half < 2; ++half) {
+    const VectorRows vr = gate_rows<M>(2 * panel + half, rows, L);
+    const S* from = w + vr.first * K;
+    for (int64_t k = 0; k < K; k += L) {
+      const int64_t n = min_<int64_t>(L, K - k);
+      V<C> r[L];
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l)
+        r[l] = l < vr.count ? load_n<C>(from + l * K + k, n) : V<C>{};
+      transpose<C>(r);
+      C* out = dst + k * kPanel<C> + half * L;
+      for (int64_t l = 0; l < n; ++l) store<C>(out + l * kPanel<C>, r[l]);
+    }
+  }
+}
+
+// Panel of a matrix whose rows are already k: columns [panel * width, ...) of (K, N).
+template <class C, class S>
+static void pack_columns(C* dst, const S* w, int64_t ld, int64_t K, int64_t N, int64_t panel) {
+  const int64_t at = panel * kPanel<C>, n = min_<int64_t>(kPanel<C>, N - at);
+  for (int64_t k = 0; k < K; ++k) copy_row<C>(dst + k * kPanel<C>, w + k * ld + at, n, kPanel<C>);
+}
+
+// ---- tiles
+
+// R rows of A by NP panels. A(r, k) is a[r * lda + k], or a[k * R + r] when Transposed. The three
+// rows that share a base pointer reach each other by lda and 2 * lda: few enough address registers
+// for twelve rows, which the empty asm keeps the compiler from undoing.
+template <class C, int R, int NP, bool Transposed>
+static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_stride, C* c,
+                 int64_t ldc, const int64_t* at) {
+  constexpr int L = kLanes<C>, W = kPanel<C>, bases = (R + 2) / 3;
+  V<C> acc[R][2 * NP];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * NP; ++v)
+      acc[r][v] = load<C>(c + r * ldc + at[v / 2] + (v % 2) * L);
+  const C* row[bases];
+#pragma GCC unroll 4
+  for (int g = 0; g < bases; ++g) row[g] = a + 3 * g * lda;
+  auto step = [&](int64_t k) __attribute__((always_inline)) {
+    V<C> bv[2 * NP];
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * NP; ++v) {
+      const C* from = b + (v / 2) * panel_stride + k * W + (v % 2) * L;
+      bv[v] = load<C>(from);
+      __builtin_prefetch(from + 12 * W);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const C s = Transposed ? a[k * R + r] : *(row[r / 3] + (r % 3) * lda + k);
+#pragma GCC unroll 8
+      for (int v = 0; v < 2 * NP; ++v) acc[r][v] += splat(s) * bv[v];
+    }
+  };
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) step(u);
+    if (Transposed) {
+      a += 4 * R;
+    } else {
+#pragma GCC unroll 4
+      for (int g = 0; g < bases; ++g) {
+        row[g] += 4;
+        asm("" : "+r"(row[g]));
+      }
+    }
+    b += 4 * W;
+  }
+  for (; k < K; ++k) {
+    step(0);
+    if (Transposed) {
+      a += R;
+    } else {
+#pragma GCC unroll 4
+      for (int g = 0; g < bases; ++g) row[g] += 1;
+    }
+    b += W;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * NP; ++v)
+      store<C>(c + r * ldc + at[v / 2] + (v % 2) * L, acc[r][v]);
+}
+
+constexpr int kTileRows = SK_ACC / 2;  // rows of a one-panel tile
+
+template <int R>
+constexpr int panels_for() {  // panels that fill the accumulators, at most 4
+  return SK_ACC / (2 * R) > 4 ? 4 : SK_ACC / (2 * R);
+}
+
+// The tile for `rows` and `panels`, found by a walk over the sizes that exist. A transposed A takes
+// one panel at a time.
+template <class C, bool Transposed, int R = 1>
+static void tile_rows(int rows, int panels, int64_t K, const C* a, int64_t lda, const C* b,
+                      int64_t panel_stride, C* c, int64_t ldc, const int64_t* at) {
+  if constexpr (R <= kTileRows) {
+    if (rows != R)
+      return tile_rows<C, Transposed, R + 1>(rows, panels, K, a, lda, b, panel_stride, c, ldc, at);
+    constexpr int most = Transposed ? 1 : panels_for<R>();
+    if (panels == 1) return tile<C, R, 1, Transposed>(K, a, lda, b, panel_stride, c, ldc, at);
+    if constexpr (most >= 2)
+      if (panels == 2) return tile<C, R, 2, Transposed>(K, a, lda, b, panel_stride, c, ldc, at);
+    if constexpr (most >= 3)
+      if (panels == 3) return tile<C, R, 3, Transposed>(K, a, lda, b, panel_stride, c, ldc, at);
+    if constexpr (most >= 4) tile<C, R, 4, Transposed>(K, a, lda, b, panel_stride, c, ldc, at);
+  }
+}
+
+// Panels taken at once for m rows: few rows leave accumulators free for more panels.
+SK_INLINE int panels_at_once(int64_t m) {
+  if (m > kTileRows / 2) return 1;
+  return max_(1, min_(4, int(SK_ACC / (2 * m))));
+}
+
+// C[m rows][panels p0..p1 by `columns`] += A B. `scratch` holds panels_at_once(m) panels when the
+// matrix is not packed. `backwards` walks the panels from the last: every second step of a sequence
+// does, so that what the cache still holds of the weights is used first.
+template <class A, class C, class S, Mode M>
+static void gemm(int64_t m, const A* a, int64_t lda, const Matrix<S, A>& w, int64_t p0, int64_t p1,
+                 C* c, int64_t ldc, const Columns& columns, A* scratch, bool backwards) {
+  if (m <= 0 || p1 <= p0) return;
+  const int at_once = panels_at_once(m);
+  const int64_t size = panel_size<A, C>(w.K);
+  const int64_t tiles = ceil_div(m, kTileRows), turns = ceil_div(p1 - p0, at_once);
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    const int64_t p = p0 + (backwards ? turns - 1 - turn : turn) * at_once;
+    const int np = int(min_<int64_t>(at_once, p1 - p));
+    int64_t at[4];
+    for (int i = 0; i < np; ++i) at[i] = column_of(columns, p + i);
+    const A* b = w.packed + p * size;
+    if (!w.packed) {
+      for (int i = 0; i < np; ++i)
+        pack_panel<A, C, S, M>(scratch + i * size, w.raw, w.rows, w.K, p + i);
+      b = scratch;
+    }
+    // Tiles of nearly equal height: 16 rows are 8 + 8, not 12 + 4.
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t r0 = t * m / tiles, rows = (t + 1) * m / tiles - r0;
+      tile_rows<C, false>(int(rows), np, w.K, a + r0 * lda, lda, b, size, c + r0 * ldc, ldc,
+                          at);
+    }
+  }
+}
