@@ -11,11 +11,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from seqkern.ops._checks import check_batch_sizes, check_recurrent, check_recurrent_backward
+from seqkern.ops._checks import (
+    check_batch_sizes,
+    check_mode,
+    check_recurrent,
+    check_recurrent_backward,
+    weight_names,
+)
 from seqkern.ops._recurrent_autograd import register, training
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
@@ -49,7 +55,7 @@ def _recurrent(x, batch_sizes, h0, c0, weights, mode):
 
 
 def _recurrent_inference(x, batch_sizes, h0, c0, weights, packed, mode):
-    return _recurrent(x, batch_sizes, h0, c0, weights, mode)[:3]
+    return _recurrent(x, batch_sizes, h0, c0, packed or weights, mode)[:3]
 
 
 def _recurrent_backward(
@@ -67,8 +73,10 @@ def _recurrent_backward(
 
 
 def _recurrent_pack(weights, mode, directions):
-    # The reference reads the weights themselves: it has no layout of its own.
-    return []
+    check_mode("recurrent_pack", mode)
+    weight_names("recurrent_pack", mode, directions, len(weights))
+    # The reference has no layout of its own, but a snapshot must not follow the weights.
+    return [w.clone() for w in weights]
 
 
 _LIB.impl("recurrent", _recurrent, "CompositeExplicitAutograd")
@@ -113,6 +121,11 @@ def _recurrent_backward_fake(
     )
 
 
+@torch.library.register_fake("seqkern::recurrent_pack", lib=_LIB)
+def _recurrent_pack_fake(weights, mode, directions):
+    raise RuntimeError("recurrent_pack: weights are packed in eager mode, not while tracing")
+
+
 register(_LIB)
 
 
@@ -155,21 +168,33 @@ def recurrent(
         TypeError: an argument is of the wrong type, or c0 does not suit the mode.
         ValueError: a size, dtype or device does not match.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, h0 = _autocast(x, dtype), _autocast(h0, dtype)
-        c0 = None if c0 is None else _autocast(c0, dtype)
-        weights = [_autocast(w, dtype) for w in weights]
-    check_recurrent(mode, mode, x, batch_sizes, h0, c0, weights)
-    if _needs_grad(x, h0, c0, weights):
-        y, h_n, c_n, _, _ = _recorded()(x, batch_sizes, h0, c0, weights, mode)
-    else:
-        y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, packed or [], mode)
+    try:
+        if _is_any_autocast_enabled():
+            x, h0, c0, weights = _autocast(x, h0, c0, weights)
+        if _needs_grad(x, h0, c0, weights):
+            y, h_n, c_n, _, _ = _recorded()(x, batch_sizes, h0, c0, weights, mode)
+        else:
+            y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, packed or (), mode)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        # The ops refuse what does not fit; only then is it worth finding out what it was. The
+        # checks in advance would cost a single step as much as its arithmetic.
+        check_recurrent(mode, mode, x, batch_sizes, h0, c0, weights)
+        if batch_sizes is not None:
+            check_batch_sizes(mode, batch_sizes, x.size(0), h0.size(1))
+        raise
     return y, h_n, None if c0 is None else c_n
 
 
-def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == torch.float64 or not t.dtype.is_floating_point else t.to(dtype)
+def _autocast(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]):
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x, h0, c0, weights
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor) -> Tensor:
+        return t if t.dtype == torch.float64 or not t.dtype.is_floating_point else t.to(dtype)
+
+    return cast(x), cast(h0), None if c0 is None else cast(c0), [cast(w) for w in weights]
 
 
 def _needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]) -> bool:

@@ -136,7 +136,7 @@ def recurrent(
     directions, batch, _ = h0.shape
     dtype, acc = x.dtype, accumulation_dtype(x.dtype)
     sizes = step_sizes(x, batch_sizes)
-    rows = x.reshape(-1, x.size(-1)).to(acc)
+    rows = x.reshape(sum(sizes), x.size(-1)).to(acc)
     ys, h_ns, c_ns, gates, cells = [], [], [], [], []
     for d, w in enumerate(split_weights(weights, directions, acc)):
         ax = linear(rows, w.w_ih, w.b_ih)
@@ -158,7 +158,7 @@ def recurrent(
         c_ns.append(c.final().to(dtype))
         cells.append(in_time_order(cs, d == 1).to(dtype))
         gates.append(in_time_order(saved, d == 1).to(dtype))
-    y = torch.cat(ys, -1).view(*x.shape[:-1], -1)
+    y = torch.cat(ys, -1).view(*x.shape[:-1], directions * h0.size(2))
     has_cells, has_gates = mode == "LSTM", mode in ("LSTM", "GRU")
     return (
         y,
@@ -192,7 +192,7 @@ def recurrent_backward(
     directions, batch, _ = h0.shape
     dtype, acc = x.dtype, accumulation_dtype(x.dtype)
     sizes = step_sizes(x, batch_sizes)
-    rows = x.reshape(-1, x.size(-1)).to(acc)
+    rows = x.reshape(sum(sizes), x.size(-1)).to(acc)
     n, p = rows.size(0), h0.size(2)
     y, gates, cells = saved
     dy, dh_n, dc_n = grads
