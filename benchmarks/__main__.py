@@ -5,6 +5,7 @@ goes on with the rows that an interrupted run has not finished.
 """
 
 import argparse
+import math
 import subprocess
 import sys
 import time
@@ -42,6 +43,12 @@ def parse_arguments() -> argparse.Namespace:
         "--row", choices=[*ROW_KEYS, "memory"], action="append", help="only these rows"
     )
     parser.add_argument("--budget", type=float, default=1.5, help="seconds of timing a cell")
+    parser.add_argument(
+        "--longest",
+        type=float,
+        default=math.inf,
+        help="leave out cells that take more seconds a call at 100 GFLOP/s",
+    )
     parser.add_argument("--out", type=Path, help="folder of the JSON files (build/bench-GRID)")
     parser.add_argument("--resume", action="store_true", help="keep rows that are there already")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
@@ -63,6 +70,7 @@ def main() -> int:
         target.unlink(missing_ok=True)
         print(f"[{number}/{len(targets)}] {key}, {time.monotonic() - start:.0f} s", flush=True)
         options = [f"--grid={arguments.grid}", f"--budget={arguments.budget}"]
+        options.append(f"--longest={arguments.longest}")
         suite = "memory" if key == "memory" else "recurrent"
         options += [] if key == "memory" else [f"--row={key}"]
         if not run_suite(suite, options, target):

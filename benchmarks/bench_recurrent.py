@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a cell of the chosen rows and grid."""
     options = metafunc.config.option
     rows = [row for row in ROWS if not options.row or row.key in options.row]
-    cases = [(row, cell) for row in rows for cell in cells_of(row, options.grid)]
+    cases = [(row, cell) for row in rows for cell in cells_of(row, options.grid, options.longest)]
     metafunc.parametrize(("row", "cell"), cases, ids=[f"{row.key}:{cell}" for row, cell in cases])
 
 

@@ -1,5 +1,6 @@
 """What is measured: the cells of the grid, and the rows of the table with their goals."""
 
+import math
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -254,10 +255,14 @@ GRIDS = {
 }
 
 
-def cells_of(row: Row, grid: str) -> list[Cell]:
-    """The cells of a row that a grid of GRIDS keeps; a row is never left empty."""
+def cells_of(row: Row, grid: str, longest: float = math.inf) -> list[Cell]:
+    """The cells of a row that a grid of GRIDS keeps; a row is never left empty.
+
+    `longest` leaves out the cells that would take more seconds a call at 100 GFLOP/s.
+    """
     sizes = GRIDS[grid]
     kept = [c for c in row.cells if c.B in sizes["B"] and c.T in sizes["T"] and c.H in sizes["H"]]
+    kept = [cell for cell in kept if cell.flops <= 1e11 * longest]
     return kept or [min(row.cells, key=lambda cell: cell.flops)]
 
 

@@ -1,5 +1,6 @@
 """The suites' options, the machine's limits, and what pytest-benchmark's JSON gets from both."""
 
+import math
 import os
 import platform
 from importlib.metadata import version
@@ -19,6 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--grid", choices=sorted(GRIDS), default="quick", help="which cells")
     group.addoption(
         "--row", choices=[row.key for row in ROWS], action="append", help="only these rows"
+    )
+    group.addoption(
+        "--longest",
+        type=float,
+        default=math.inf,
+        help="leave out cells that take more seconds a call at 100 GFLOP/s",
     )
     group.addoption("--budget", type=float, default=1.5, help="seconds of timing a cell")
 
@@ -55,7 +62,8 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
     packages = ("torch", "onnxruntime", "onnx", "numpy", "pytest-benchmark")
     measured = config.stash.get(LIMITS, None)
     output_json["seqkern"] = {
-        "grid": config.getoption("grid"),
+        "grid": config.option.grid,
+        "longest": config.option.longest if math.isfinite(config.option.longest) else None,
         "machine": cpu_description(),
         "versions": {"python": platform.python_version(), "seqkern": seqkern.__version__}
         | {name: version(name) for name in packages},

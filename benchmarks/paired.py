@@ -51,10 +51,13 @@ def calls_per_sample(seconds: float) -> int:
     return max(1, math.ceil(BURST_SECONDS / max(seconds, 1e-7)))
 
 
-def rounds_within(budget: float, seconds: Sequence[float], least: int = 3, most: int = 25) -> int:
-    """Rounds that fit `budget` seconds when a round costs the sum of one sample of each."""
+def rounds_within(budget: float, seconds: Sequence[float], most: int = 25) -> int:
+    """Rounds that fit `budget` seconds when a round costs the sum of one sample of each.
+
+    At least three, or two where a round takes so long that scheduling noise averages out in it.
+    """
     one_round = sum(s * calls_per_sample(s) for s in seconds)
-    return max(least, min(most, int(budget / one_round)))
+    return max(2 if one_round > 20 else 3, min(most, int(budget / one_round)))
 
 
 def shuffled_orders(contestants: int, seed: int = 0) -> Iterator[list[int]]:

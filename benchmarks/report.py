@@ -58,6 +58,7 @@ def from_pytest_benchmark(data: dict) -> dict:
         "date": data["datetime"][:10],
         "commit": commit.get("id", "unknown") + ("-dirty" if commit.get("dirty") else ""),
         "grid": about["grid"],
+        "longest": about["longest"],
         "machine": about["machine"],
         "versions": about["versions"],
         "limits": {record["row"]: about["limits"] for record in records if about["limits"]},
@@ -180,7 +181,8 @@ def about(run: dict) -> str:
     """One paragraph: machine, versions, limits."""
     machine, versions = run["machine"], ", ".join(f"{k} {v}" for k, v in run["versions"].items())
     text = f"{machine['cpu']} ({machine['model']}), {machine['cores']} cores; {versions}; "
-    text += f"commit {run['commit'][:12]}; {run['date']}; grid {run['grid']}."
+    text += f"commit {run['commit'][:12]}; {run['date']}; grid {run['grid']}"
+    text += f" without calls over {run['longest']:g} s." if run["longest"] else "."
     rates = [limits for limits in run["limits"].values() if limits]
     if rates:
         gemm = {k: median(r["gemm"][k] for r in rates) for k in ("float32", "bfloat16")}

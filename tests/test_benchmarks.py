@@ -47,6 +47,7 @@ def test_rows_of_the_table_cover_the_grid() -> None:
         for grid in cells.GRIDS:
             assert set(cells.cells_of(row, grid)) <= set(row.cells)
             assert cells.cells_of(row, grid)
+            assert cells.cells_of(row, grid, longest=0) == [min(row.cells, key=lambda c: c.flops)]
 
 
 def test_ragged_lengths_fall_from_T_to_a_quarter() -> None:
@@ -119,6 +120,7 @@ CHECKED = [
     replace(SMALL, mode="GRU", kind="training", directions=2),
     replace(SMALL, mode="RNN_RELU", kind="training"),
     replace(SMALL, kind="training", P=3),
+    replace(SMALL, kind="training", T=1),
     replace(SMALL, kind="training", ragged=True),
 ]
 
@@ -136,7 +138,8 @@ def test_gate_passes_a_right_kernel_and_stops_a_wrong_one(
     for name, value in ours.outputs().items():
         # An error of a few roundings of the dtype, in one element of one output.
         wrong = value.detach().clone()
-        wrong.view(-1)[-1] += 30 * torch.finfo(wrong.dtype).eps * wrong.abs().max()
+        scale = wrong.abs().max().item() or 1.0
+        wrong.view(-1)[-1] += 30 * torch.finfo(wrong.dtype).eps * scale
         broken = replace(ours, outputs=lambda n=name, w=wrong: ours.outputs() | {n: w})
         with pytest.raises(WrongResult, match=f"seqkern.*{name} is"):
             check(cell, problem, [broken, *entries[1:]])
