@@ -27,13 +27,15 @@ test: $(VENV)/.package
 bench: $(VENV)/.package
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# Every check runs, whatever the ones before it found.
 lint: $(VENV)/.lint
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl' | \
-	  xargs --no-run-if-empty $(BIN)/clang-format --dry-run -Werror
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@status=0; check() { echo "$$*"; "$$@" || status=1; }; \
+	check $(BIN)/ruff check .; \
+	check $(BIN)/ruff format --check .; \
+	check $(BIN)/pyright; \
+	check $(BIN)/clang-format --dry-run -Werror $(filter %.h %.inl %.cpp %.cu %.cuh,$(CSRC)) </dev/null; \
+	NO_MKDOCS_2_WARNING=1 check $(BIN)/mkdocs build --strict --quiet; \
+	exit $$status
 
 docs: $(VENV)/.lint
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
