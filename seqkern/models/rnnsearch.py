@@ -42,9 +42,9 @@ class RNNSearchConfig:
     source_symbols: int
     target_symbols: int
     embedding: int = 64
-    hidden: int = 256
-    attention: int = 128
-    maxout: int = 128
+    hidden: int = 128
+    attention: int = 64
+    maxout: int = 64
     encoder_layers: int = 1
     dropout: float = 0.1
     pad: int = 0

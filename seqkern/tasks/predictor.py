@@ -50,9 +50,16 @@ class Predictor:
     def load(cls, path: Path, layers: str | None = None) -> tuple[Predictor, dict[str, Any]]:
         """The model of a checkpoint, and the checkpoint; `layers` as in Trainer.resume."""
         content = checkpoint.load(path)
-        model = RNNSearch(RNNSearchConfig(**content["model_config"]), layers or content["layers"])
-        model.load_state_dict(content["model"])
+        config = RNNSearchConfig(**content["model_config"])
         source, target = (Vocab(content[side][len(SPECIALS) :]) for side in ("source", "target"))
+        for side, vocab in (("source", source), ("target", target)):
+            symbols = getattr(config, f"{side}_symbols")
+            if symbols != len(vocab):
+                raise ValueError(
+                    f"{path}: the model has {symbols} {side} symbols, the vocabulary {len(vocab)}"
+                )
+        model = RNNSearch(config, layers or content["layers"])
+        model.load_state_dict(content["model"])
         return cls(model, Task(**content["task"]), source, target), content
 
     def symbols_of(self, text: str) -> tuple[str, ...]:

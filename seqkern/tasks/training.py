@@ -27,9 +27,9 @@ class TrainOptions:
     along half a cosine.
     """
 
-    steps: int = 3000
-    batch_size: int = 256
-    lr: float = 2e-3
+    steps: int = 4500
+    batch_size: int = 128
+    lr: float = 3e-3
     warmup: int = 200
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -160,13 +160,13 @@ class Trainer:
         """
         content = checkpoint.load(path)
         task, config = Task(**content["task"]), dict(content["model_config"])
-        symbols = config.pop("source_symbols"), config.pop("target_symbols")
+        del config["source_symbols"], config["target_symbols"]  # the data says them again
         options = TrainOptions(**content["options"])
         trainer = cls(task, options, config, layers or content["layers"])
         expect_same_data(path, content, trainer.split)
-        expected = len(trainer.source), len(trainer.target)
-        if symbols != expected:
-            raise ValueError(f"{path}: vocabularies of {symbols} symbols, the data has {expected}")
+        vocabularies = list(trainer.source.symbols), list(trainer.target.symbols)
+        if vocabularies != (content["source"], content["target"]):
+            raise ValueError(f"{path}: its vocabularies are not those of its data")
         trainer.model.load_state_dict(content["model"])
         trainer.optimizer.load_state_dict(content["optimizer"])
         trainer.step, trainer._rng_state = content["step"], content["rng_state"]
