@@ -2,7 +2,24 @@
 
 from seqkern import _extension as _extension
 from seqkern.convert import convert as convert
+from seqkern.ops.explain import explain as explain
+from seqkern.ops.functional import gru as gru
+from seqkern.ops.functional import gru_cell as gru_cell
+from seqkern.ops.functional import lstm as lstm
+from seqkern.ops.functional import lstm_cell as lstm_cell
+from seqkern.ops.functional import rnn as rnn
+from seqkern.ops.functional import rnn_cell as rnn_cell
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "convert"]
+__all__ = [
+    "__version__",
+    "convert",
+    "explain",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+]

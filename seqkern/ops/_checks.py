@@ -1,5 +1,7 @@
 """Argument checks shared by the ops: each raises with the argument's name and its value."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,7 @@ def check_tensor(op: str, name: str, t: object) -> None:
 
 def check_shape(op: str, name: str, symbols: str, t: Tensor, shape: tuple) -> None:
     if t.shape != shape:
-        raise ValueError(
-            f"{op}: {name} must be ({symbols}) = {tuple(shape)}, got {tuple(t.shape)}"
-        )
+        raise ValueError(f"{op}: {name} must be ({symbols}) = {tuple(shape)}, got {tuple(t.shape)}")
 
 
 def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
@@ -35,10 +35,8 @@ def check_batch_sizes(op: str, batch_sizes: Tensor, rows: int, batch: int) -> No
     sizes = batch_sizes.tolist()
     if not sizes:
         raise ValueError(f"{op}: batch_sizes must hold at least one step, got none")
-    if any(b < 1 for b in sizes) or any(a < b for a, b in zip(sizes, sizes[1:], strict=False)):
-        raise ValueError(
-            f"{op}: batch_sizes must be positive and must not increase, got {sizes}"
-        )
+    if any(b < 1 for b in sizes) or any(a < b for a, b in pairwise(sizes)):
+        raise ValueError(f"{op}: batch_sizes must be positive and must not increase, got {sizes}")
     if sizes[0] != batch or sum(sizes) != rows:
         raise ValueError(
             f"{op}: batch_sizes must start at the batch size {batch} of h0 and add up to the "
@@ -108,9 +106,7 @@ def check_weights(op: str, mode: str, x: Tensor, h0: Tensor, weights: list[Tenso
     first = weights[0]
     check_tensor(op, "w_ih", first)
     if first.dim() != 2 or first.size(0) % gates or not first.size(0):
-        raise ValueError(
-            f"{op}: w_ih must be ({gates}*H, I) with H > 0, got {tuple(first.shape)}"
-        )
+        raise ValueError(f"{op}: w_ih must be ({gates}*H, I) with H > 0, got {tuple(first.shape)}")
     n, inputs, outputs = first.size(0), x.size(-1), h0.size(2)
     hidden = n // gates
     if "w_hr" not in names and outputs != hidden:

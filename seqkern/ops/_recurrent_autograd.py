@@ -55,7 +55,8 @@ class Recurrent(torch.autograd.Function):
         ctx.mode = mode
 
     @staticmethod
-    def backward(ctx: Any, dy, dh_n, dc_n, dgates, dcells):
+    def backward(ctx: Any, *grad_outputs):
+        dy, dh_n, dc_n, *_ = grad_outputs
         batch_sizes, x, h0, c0, y, gates, cells, *weights = ctx.saved_tensors
         _, _, need_x, need_h0, need_c0, *need_w = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None:
@@ -89,11 +90,13 @@ class Recurrent(torch.autograd.Function):
         )
 
     @staticmethod
-    def vmap(info: Any, in_dims, mode, batch_sizes, x, h0, c0, *weights):
+    def vmap(info: Any, in_dims, *args):
+        mode, batch_sizes, x, h0, c0, *weights = args
         _, d_sizes, d_x, d_h0, d_c0, *d_w = in_dims
         dims = (d_x, d_sizes, d_h0, d_c0, d_w, None)
-        args = (x, batch_sizes, h0, c0, list(weights), mode)
-        return fold_forward(training, info.batch_size, dims, args)
+        return fold_forward(
+            training, info.batch_size, dims, (x, batch_sizes, h0, c0, weights, mode)
+        )
 
 
 class RecurrentBackward(torch.autograd.Function):
@@ -118,30 +121,31 @@ class RecurrentBackward(torch.autograd.Function):
         ctx.mode = mode
 
     @staticmethod
-    def backward(ctx: Any, *grads):
+    def backward(ctx: Any, *grad_outputs):
         """Derive the reference's forward and backward together, by all that goes in: y, gates
         and cells are functions of the other inputs here and take no gradient themselves."""
         batch_sizes, *inputs = ctx.saved_tensors
         need = (*ctx.needs_input_grad[4:10], *ctx.needs_input_grad[13:])
         wanted = [i for i, t in enumerate(inputs) if t is not None and need[i]]
-        given = [i for i, g in enumerate(grads) if g is not None]
+        given = [i for i, g in enumerate(grad_outputs) if g is not None]
 
         def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
             full = list(inputs)
             for i, t in zip(wanted, tensors, strict=True):
                 full[i] = t
             dy, dh_n, dc_n, x, h0, c0, *weights = full
-            y, _, _, *saved = reference.recurrent(x, batch_sizes, h0, c0, weights, ctx.mode)
+            y, _, _, gates, cells = reference.recurrent(x, batch_sizes, h0, c0, weights, ctx.mode)
             dx, dh0, dc0, dweights = reference.recurrent_backward(
-                (dy, dh_n, dc_n), x, batch_sizes, h0, c0, weights, (y, *saved), ctx.mode
+                (dy, dh_n, dc_n), x, batch_sizes, h0, c0, weights, (y, gates, cells), ctx.mode
             )
             outputs = [dx, dh0, dc0, *dweights]
             return tuple(outputs[i] for i in given)
 
         result: list[Tensor | None] = [None] * len(inputs)
         if given and wanted:
-            _, vjp = torch.func.vjp(first_order, *(inputs[i] for i in wanted))
-            for i, g in zip(wanted, vjp(tuple(grads[i] for i in given)), strict=True):
+            # vjp and not autograd.grad, which torch.func's transforms refuse.
+            vjp = torch.func.vjp(first_order, *(inputs[i] for i in wanted))[1]
+            for i, g in zip(wanted, vjp(tuple(grad_outputs[i] for i in given)), strict=True):
                 result[i] = g
         return None, None, None, None, *result[:6], None, None, None, *result[6:]
 

@@ -17,20 +17,18 @@ from torch import Tensor
 def fold_forward(op: Callable, v: int, in_dims, args):
     """recurrent and recurrent_inference: (x, batch_sizes, h0, c0, weights, ..., mode)."""
     x, batch_sizes, h0, c0, weights, *rest = args
-    d_x, _, d_h0, d_c0, d_w, *_ = in_dims
-    if batch_sizes is not None or not all(d is None for dims in in_dims[4:-1] for d in dims or []):
+    d_x, _, d_h0, d_c0, *d_weights, _ = in_dims
+    if batch_sizes is not None or any(d is not None for dims in d_weights for d in dims or []):
         return map_slices(op, v, in_dims, args)
 
-    def fold(t: Tensor | None, dim: int | None) -> Tensor | None:
-        if t is None:
-            return None
+    def fold(t: Tensor, dim: int | None) -> Tensor:
         t = t.unsqueeze(1).expand(-1, v, -1, -1) if dim is None else t.movedim(dim, 1)
         return t.flatten(1, 2)
 
-    folded = fold(x, d_x)
+    folded, c0 = fold(x, d_x), None if c0 is None else fold(c0, d_c0)
     t, b = folded.size(0), folded.size(1) // v
     results, dims = [], []
-    for i, out in enumerate(op(folded, None, fold(h0, d_h0), fold(c0, d_c0), weights, *rest)):
+    for i, out in enumerate(op(folded, None, fold(h0, d_h0), c0, weights, *rest)):
         dim = None
         if i < 3 and out.dim() == 3:
             out, dim = out.unflatten(1, (v, b)), 1

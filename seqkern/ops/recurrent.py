@@ -7,7 +7,8 @@ with an autograd formula in Python costs tens of microseconds a call even where 
 gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from seqkern.ops._checks import (
     weight_names,
 )
 from seqkern.ops._recurrent_autograd import register, training
+from seqkern.ops.choice import ONEDNN, Choice, Sizes, choose, has_native_kernel
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
 
@@ -144,7 +146,7 @@ def recurrent(
     *,
     batch_sizes: Tensor | None = None,
     packed: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Any]:
     """One recurrent layer, in one or two directions: checks, autocast, and the choice of op.
 
     Args:
@@ -171,18 +173,44 @@ def recurrent(
     try:
         if _is_any_autocast_enabled():
             x, h0, c0, weights = _autocast(x, h0, c0, weights)
-        if _needs_grad(x, h0, c0, weights):
+        grad = needs_grad(x, h0, c0, weights)
+        if ONEDNN and _choice(mode, x, batch_sizes, h0, c0, weights, grad).kernel == "onednn":
+            return _onednn(x, h0, c0, weights, grad)
+        if grad:
             y, h_n, c_n, _, _ = _recorded()(x, batch_sizes, h0, c0, weights, mode)
         else:
             y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, packed or (), mode)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         # The ops refuse what does not fit; only then is it worth finding out what it was. The
         # checks in advance would cost a single step as much as its arithmetic.
-        check_recurrent(mode, mode, x, batch_sizes, h0, c0, weights)
+        op = str(mode).lower()
+        check_recurrent(op, mode, x, batch_sizes, h0, c0, weights)
         if batch_sizes is not None:
-            check_batch_sizes(mode, batch_sizes, x.size(0), h0.size(1))
+            check_batch_sizes(op, batch_sizes, x.size(0), h0.size(1))
         raise
     return y, h_n, None if c0 is None else c_n
+
+
+def _choice(mode, x, batch_sizes, h0, c0, weights, grad: bool) -> Choice:
+    check_recurrent(mode.lower(), mode, x, batch_sizes, h0, c0, weights)
+    T, B = (0, h0.size(1)) if batch_sizes is not None else x.shape[:2]
+    sizes = Sizes(T, B, x.size(-1), weights[0].size(0) // GATES[mode], h0.size(0))
+    return choose(
+        mode,
+        x.dtype,
+        sizes,
+        ragged=batch_sizes is not None,
+        proj=len(weights) // h0.size(0) % 2 == 1,
+        grad=grad,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        native=has_native_kernel("recurrent", x.device.type),
+    )
+
+
+def _onednn(x, h0, c0, weights, grad: bool):
+    directions = h0.size(0)
+    bias = len(weights) // directions == 4
+    return torch._VF.lstm(x, (h0, c0), weights, bias, 1, 0.0, grad, directions == 2, False)
 
 
 def _autocast(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]):
@@ -197,7 +225,8 @@ def _autocast(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]):
     return cast(x), cast(h0), None if c0 is None else cast(c0), [cast(w) for w in weights]
 
 
-def _needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]) -> bool:
+def needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    """Whether a call with these tensors has to be recorded."""
     if forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():

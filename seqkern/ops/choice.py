@@ -1,0 +1,89 @@
+"""Which kernel computes a recurrent layer: one pure function, used to dispatch and to explain."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel and why it was taken.
+
+    kernel: "native" (C++ or CUDA), "onednn" (PyTorch's own LSTM) or "reference" (PyTorch
+    operations, one step at a time).
+    """
+
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """T steps, B rows, I inputs, H hidden units, D directions."""
+
+    T: int
+    B: int
+    I: int
+    H: int
+    D: int
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """Dense LSTM shapes on the CPU for which oneDNN was measured faster, and the measurement."""
+
+    dtype: torch.dtype
+    grad: bool
+    batch: tuple[int, int]
+    hidden: tuple[int, int]
+    reason: str
+
+    def covers(self, dtype: torch.dtype, sizes: Sizes, grad: bool) -> bool:
+        return (
+            dtype == self.dtype
+            and grad == self.grad
+            and self.batch[0] <= sizes.B <= self.batch[1]
+            and self.hidden[0] <= sizes.H <= self.hidden[1]
+        )
+
+
+# Empty: no shape is measured for which handing over pays.
+ONEDNN: tuple[HandOver, ...] = ()
+
+
+def choose(
+    mode: str,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    *,
+    ragged: bool,
+    proj: bool,
+    grad: bool,
+    deterministic: bool,
+    native: bool,
+) -> Choice:
+    """The kernel for one layer.
+
+    Args:
+        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
+        dtype: of the tensors.
+        sizes: of the layer's call; T is 0 where it is ragged.
+        ragged: whether the input is packed with batch_sizes.
+        proj: whether the layer projects its output.
+        grad: whether a gradient will be taken.
+        deterministic: whether torch.use_deterministic_algorithms is on; keeps our own kernel,
+            whose bits depend neither on the batch nor on the number of threads.
+        native: whether a kernel of seqkern's own is registered for the device.
+    """
+    if not native:
+        return Choice("reference", "no kernel of seqkern is loaded for this device")
+    if mode == "LSTM" and not (ragged or proj or deterministic):
+        for row in ONEDNN:
+            if row.covers(dtype, sizes, grad):
+                return Choice("onednn", row.reason)
+    return Choice("native", "seqkern's own kernel is the fastest known for this shape")
+
+
+def has_native_kernel(op: str, device: str) -> bool:
+    """Whether a kernel other than the reference serves seqkern::`op` on this type of device."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"seqkern::{op}", device.upper())

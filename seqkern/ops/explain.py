@@ -1,0 +1,137 @@
+"""Says which kernel a recurrent layer takes for an input, and why."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkern.ops.choice import Choice, Sizes, choose, has_native_kernel
+from seqkern.ops.recurrent import needs_grad
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one layer of a stack runs; str() gives it in one line.
+
+    op: the torch.library op that is called, or "aten::lstm" where oneDNN serves.
+    kernel, reason: see `seqkern.ops.choice.Choice`.
+    instructions: the instruction set of a native CPU kernel, else None.
+    """
+
+    layer: int
+    op: str
+    mode: str
+    dtype: torch.dtype
+    device: str
+    sizes: Sizes
+    kernel: str
+    reason: str
+    instructions: str | None
+
+    def __str__(self) -> str:
+        s = self.sizes
+        shape = f"T={s.T or 'ragged'} B={s.B} I={s.I} H={s.H} D={s.D}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        kernel = f"{self.kernel} ({self.instructions})" if self.instructions else self.kernel
+        return (
+            f"layer {self.layer}: {self.mode} {dtype} {shape} on {self.device}: "
+            f"{kernel} through {self.op}; {self.reason}"
+        )
+
+
+class Explanations(tuple[Explanation, ...]):
+    """One Explanation for each layer of a stack; str() gives one line for each."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+def explain(layer: Any, input: Tensor | PackedSequence) -> Explanations:
+    """Which kernel computes `layer(input)` as things stand now, and why.
+
+    The answer holds for the present grad mode, autocast and deterministic settings, and comes
+    from the function that dispatches; nothing is run.
+
+    Args:
+        layer: a recurrent layer or cell of seqkern.nn, a torch.nn.Module.
+        input: what the layer would be called with: (T, B, I), (B, T, I) if batch_first, (T, I)
+            or a PackedSequence; (B, I) or (I,) for a cell.
+
+    Returns:
+        One Explanation for each layer of the stack, a tuple whose str() is readable.
+
+    Raises:
+        TypeError: `layer` is not recurrent, or `input` is neither a Tensor nor a PackedSequence.
+        ValueError: `input` has the wrong number of dimensions.
+    """
+    cell = isinstance(layer, torch.nn.RNNCellBase)
+    if not cell and not isinstance(layer, torch.nn.RNNBase):
+        raise TypeError(f"explain: layer must be a recurrent layer, got {type(layer).__name__}")
+    ragged = isinstance(input, PackedSequence)
+    x = input.data if isinstance(input, PackedSequence) else input
+    if not isinstance(x, Tensor):
+        raise TypeError(f"explain: input must be a Tensor, got {type(input).__name__}")
+    if isinstance(input, PackedSequence):
+        T, B = 0, int(input.batch_sizes[0])
+    else:
+        T, B = _steps_and_rows(layer, x, cell)
+    mode, weights = _mode_of(layer, cell), list(layer.parameters())
+    directions = 1 + bool(getattr(layer, "bidirectional", False))
+    proj = getattr(layer, "proj_size", 0)
+    dtype, device = _compute_dtype(x), x.device.type
+    grad = needs_grad(x, x, None, weights)
+    op = "recurrent" if grad else "recurrent_inference"
+    lines = []
+    for i in range(getattr(layer, "num_layers", 1)):
+        inputs = x.size(-1) if i == 0 else directions * (proj or layer.hidden_size)
+        sizes = Sizes(T, B, inputs, layer.hidden_size, directions)
+        choice = choose(
+            mode,
+            dtype,
+            sizes,
+            ragged=ragged,
+            proj=bool(proj),
+            grad=grad,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            native=has_native_kernel(op, device),
+        )
+        name = "aten::lstm" if choice.kernel == "onednn" else f"seqkern::{op}"
+        cpu = _instructions(choice, device)
+        lines.append(
+            Explanation(i, name, mode, dtype, device, sizes, choice.kernel, choice.reason, cpu)
+        )
+    return Explanations(lines)
+
+
+def _steps_and_rows(layer: Any, x: Tensor, cell: bool) -> tuple[int, int]:
+    dims = (1, 2) if cell else (2, 3)
+    if x.dim() not in dims:
+        raise ValueError(f"explain: input must be {dims[0]}D or {dims[1]}D, got {x.dim()}D")
+    if cell:
+        return 1, x.size(0) if x.dim() == 2 else 1
+    if x.dim() == 2:
+        return x.size(0), 1
+    t, b = x.size(0), x.size(1)
+    return (b, t) if getattr(layer, "batch_first", False) else (t, b)
+
+
+def _mode_of(layer: Any, cell: bool) -> str:
+    if not cell:
+        return str(layer.mode)
+    gates = {4: "LSTM", 3: "GRU", 1: "RNN_" + str(getattr(layer, "nonlinearity", "")).upper()}
+    return gates[layer.weight_ih.size(0) // layer.hidden_size]
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _instructions(choice: Choice, device: str) -> str | None:
+    if choice.kernel != "native" or device != "cpu":
+        return None
+    return torch.ops.seqkern.cpu_capability()
