@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import seqkern.nn
+
+# torch.nn.LSTM warns of its own slow path.
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
 
 NAMES = ("RNN", "LSTM", "GRU")
 
@@ -230,6 +233,17 @@ def test_wrong_call_raises_the_type_that_torch_raises(name: str, case: str) -> N
     call = wrong_calls(name)[case]
     expected = raised(lambda: call(theirs))
     assert raised(lambda: call(ours)) is expected
+
+
+def test_inherited_checks_of_a_pair() -> None:
+    theirs, ours = pair("LSTM", 3, 4, proj_size=2)
+    x, hx = torch.randn(5, 3, 3), (torch.randn(1, 3, 2), torch.randn(1, 3, 4))
+    for layer in (theirs, ours):
+        layer.check_forward_args(x, hx, None)
+        with pytest.raises(RuntimeError, match=r"hidden\[0\]"):
+            layer.check_forward_args(x, hx[::-1], None)
+    order = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(ours.permute_hidden(hx, order), theirs.permute_hidden(hx, order))
 
 
 @pytest.mark.parametrize("name", NAMES)

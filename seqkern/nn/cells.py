@@ -7,6 +7,12 @@ from torch.nn.modules.rnn import RNNCellBase
 from seqkern.ops.recurrent import recurrent
 
 
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; the meta device has none."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -32,9 +38,7 @@ def _step(
 
 def _check_dim(cell: RNNCellBase, name: str, tensor: Tensor) -> None:
     if tensor.dim() not in (1, 2):
-        raise ValueError(
-            f"{cell._get_name()}: expected {name} to be 1D or 2D, got {tensor.dim()}D"
-        )
+        raise ValueError(f"{cell._get_name()}: expected {name} to be 1D or 2D, got {tensor.dim()}D")
 
 
 def _live_weights(cell: RNNCellBase) -> list[Tensor]:
@@ -58,9 +62,7 @@ def _check_input(cell: RNNCellBase, x: Tensor, weight: Tensor) -> None:
     _check_like(cell, "input", x, "the weights", weight)
 
 
-def _initial_state(
-    cell: RNNCellBase, name: str, state: Tensor, x: Tensor, batched: bool
-) -> Tensor:
+def _initial_state(cell: RNNCellBase, name: str, state: Tensor, x: Tensor, batched: bool) -> Tensor:
     _check_dim(cell, name, state)
     expected = (x.shape[1], cell.hidden_size) if batched else (cell.hidden_size,)
     if state.shape != expected:
@@ -75,7 +77,7 @@ def _initial_state(
 def _check_like(
     cell: RNNCellBase, name: str, tensor: Tensor, other_name: str, other: Tensor
 ) -> None:
-    if tensor.dtype != other.dtype and not torch.is_autocast_enabled(tensor.device.type):
+    if tensor.dtype != other.dtype and not autocast_enabled(tensor):
         raise RuntimeError(
             f"{cell._get_name()}: {name} must have the dtype of {other_name}, {other.dtype}, "
             f"got {tensor.dtype}"

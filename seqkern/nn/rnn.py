@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from seqkern.nn.cells import autocast_enabled
 from seqkern.ops.recurrent import recurrent
 
-# (h, c) of an LSTM, h of the others.
-State = Tensor | tuple[Tensor, Tensor]
+
+def _as_hx(states: tuple[Tensor, ...]) -> Any:
+    """The pair (h, c) of an LSTM, the one tensor h of the others."""
+    return states if len(states) == 2 else states[0]
 
 
 class _Recurrent(torch.nn.RNNBase):
@@ -71,117 +74,117 @@ class _Recurrent(torch.nn.RNNBase):
         state.pop("_packed", None)
         return state
 
-    def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> Any:
-        """Run the layer; shapes are in the class docstring.
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        """Run the layer; the shapes are in the docstring of the class.
 
         Raises:
-            ValueError: ``input`` has a wrong number of dimensions or another dtype than the
-                weights.
+            ValueError: ``input`` has a wrong number of dimensions, or not the weights' dtype.
             RuntimeError: a size of ``input`` or ``hx`` is wrong, a device or the dtype of
                 ``hx`` differs, or the sequence is empty.
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        if input.dim() == 3:
-            if not self.batch_first:
-                return self._run(input, hx)
-            y, state = self._run(input.transpose(0, 1), hx)
-            return y.transpose(0, 1), state
+        if input.dim() != 3:
+            return self._forward_unbatched(input, hx)
+        x = input.transpose(0, 1) if self.batch_first else input
+        y, states = self._run(x, None if hx is None else self._as_states(hx))
+        return y.transpose(0, 1) if self.batch_first else y, _as_hx(states)
+
+    def _forward_unbatched(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
         if input.dim() != 2:
             raise ValueError(
                 f"{self._get_name()}: expected input to be 2D or 3D, got {input.dim()}D"
             )
-        return self._forward_unbatched(input, hx)
-
-    def _forward_unbatched(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
-        if hx is not None:
-            states = hx if self.mode == "LSTM" else [hx]
+        states = None if hx is None else self._as_states(hx)
+        if states is not None:
             if any(state.dim() != 2 for state in states):
-                dims = ", ".join(f"{state.dim()}-D" for state in states)
+                dims = " and ".join(f"{state.dim()}-D" for state in states)
                 raise RuntimeError(f"hx must be 2-D for unbatched 2-D input, got {dims}")
-            hx = tuple(h.unsqueeze(1) for h in hx) if self.mode == "LSTM" else hx.unsqueeze(1)
-        y, state = self._run(input.unsqueeze(1), hx)
-        if isinstance(state, tuple):
-            return y.squeeze(1), (state[0].squeeze(1), state[1].squeeze(1))
-        return y.squeeze(1), state.squeeze(1)
+            states = tuple(state.unsqueeze(1) for state in states)
+        y, states = self._run(input.unsqueeze(1), states)
+        return y.squeeze(1), _as_hx(tuple(state.squeeze(1) for state in states))
 
-    def _forward_packed(
-        self, input: PackedSequence, hx: State | None
-    ) -> tuple[PackedSequence, State]:
-        data, batch_sizes, sorted_indices, unsorted_indices = input
-        if hx is not None:
-            hx = self.permute_hidden(hx, sorted_indices)
-        y, state = self._run(data, hx, batch_sizes)
-        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-        return output, self.permute_hidden(state, unsorted_indices)
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        data, batch_sizes, order, inverse = input
+        states = None if hx is None else self._as_states(hx)
+        if states is not None and order is not None:
+            states = tuple(state.index_select(1, order) for state in states)
+        y, states = self._run(data, states, batch_sizes)
+        if inverse is not None:
+            states = tuple(state.index_select(1, inverse) for state in states)
+        return PackedSequence(y, batch_sizes, order, inverse), _as_hx(states)
+
+    def _as_states(self, hx: Any) -> tuple[Tensor, ...]:
+        if self.mode != "LSTM":
+            return (hx,)
+        h_0, c_0 = hx[0], hx[1]
+        if len(hx) != 2:
+            raise RuntimeError(f"hx must be a pair (h_0, c_0), got {len(hx)} tensors")
+        return h_0, c_0
 
     def _run(
-        self, x: Tensor, hx: State | None, batch_sizes: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """All layers over x (T, B, I), or (N, I) with ``batch_sizes``; the state as in ``hx``."""
+        self, x: Tensor, states: tuple[Tensor, ...] | None, batch_sizes: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All layers over x (T, B, I), or (N, I) with ``batch_sizes``; (h, c) or (h,)."""
         weights = self._live_weights()
         self._check_input(x, weights[0], batch_sizes)
         B = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
-        if hx is None:
-            h0, c0 = self._zero_state(x, B)
+        if states is None:
+            states = self._zero_states(x, B)
         else:
-            h0, c0 = (hx[0], hx[1]) if self.mode == "LSTM" else (hx, None)
-            self._check_state(x, B, h0, c0)
-            if c0 is not None and len(hx) != 2:
-                raise RuntimeError(f"hx must be (h_0, c_0), got {len(hx)} tensors")
+            self._check_states(states, x, B)
         if self.num_layers > 1:
-            return self._run_stack(x, h0, c0, weights, batch_sizes)
-        packed = None if self._packed is None else self._packed[0]
+            return self._run_stack(x, states, weights, batch_sizes)
         y, h_n, c_n = recurrent(
-            self.mode, x, h0, c0, weights, batch_sizes=batch_sizes, packed=packed
+            self.mode,
+            x,
+            states[0],
+            states[1] if len(states) == 2 else None,
+            weights,
+            batch_sizes=batch_sizes,
+            packed=None if self._packed is None else self._packed[0],
         )
-        return (y, h_n) if c_n is None else (y, (h_n, c_n))
+        return y, (h_n,) if c_n is None else (h_n, c_n)
 
     def _run_stack(
         self,
         x: Tensor,
-        h0: Tensor,
-        c0: Tensor | None,
+        states: tuple[Tensor, ...],
         weights: list[Tensor],
         batch_sizes: Tensor | None,
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         D = 2 if self.bidirectional else 1
-        per_layer = len(weights) // self.num_layers
-        h_last, c_last = [], []
+        n = len(weights) // self.num_layers
+        last: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0 and self.training:
                 x = F.dropout(x, self.dropout)
-            rows = slice(layer * D, (layer + 1) * D)
+            first = [state[layer * D : (layer + 1) * D] for state in states]
             x, h_n, c_n = recurrent(
                 self.mode,
                 x,
-                h0[rows],
-                None if c0 is None else c0[rows],
-                weights[layer * per_layer : (layer + 1) * per_layer],
+                first[0],
+                first[1] if len(first) == 2 else None,
+                weights[layer * n : (layer + 1) * n],
                 batch_sizes=batch_sizes,
                 packed=None if self._packed is None else self._packed[layer],
             )
-            h_last.append(h_n)
-            c_last.append(c_n)
-        if c0 is None:
-            return x, torch.cat(h_last)
-        return x, (torch.cat(h_last), torch.cat(c_last))
+            last.append((h_n,) if c_n is None else (h_n, c_n))
+        return x, tuple(torch.cat(layers) for layers in zip(*last, strict=True))
 
-    def _zero_state(self, x: Tensor, B: int) -> tuple[Tensor, Tensor | None]:
-        rows, P = self._state_rows(), self.proj_size or self.hidden_size
-        h0 = torch.zeros(rows, B, P, dtype=x.dtype, device=x.device)
+    def _zero_states(self, x: Tensor, B: int) -> tuple[Tensor, ...]:
+        rows = self.num_layers * 2 if self.bidirectional else self.num_layers
+        P, H = self.proj_size or self.hidden_size, self.hidden_size
+        h_0 = torch.zeros(rows, B, P, dtype=x.dtype, device=x.device)
         if self.mode != "LSTM":
-            return h0, None
-        # One block of zeros serves both: ops never write to their inputs.
-        return h0, x.new_zeros(rows, B, self.hidden_size) if self.proj_size else h0
-
-    def _state_rows(self) -> int:
-        return self.num_layers * 2 if self.bidirectional else self.num_layers
+            return (h_0,)
+        # One block of zeros serves both: the ops write to none of their inputs.
+        return h_0, h_0 if P == H else x.new_zeros(rows, B, H)
 
     def _check_input(self, x: Tensor, weight: Tensor, batch_sizes: Tensor | None) -> None:
         """Refuse what ``torch.nn`` refuses, with its exception types."""
         shape = x.shape
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not autocast_enabled(x):
             # torch.nn.LSTM looks at a packed input's dtype only in the product.
             unchecked = batch_sizes is not None and self.mode == "LSTM"
             raise (RuntimeError if unchecked else ValueError)(
@@ -200,27 +203,21 @@ class _Recurrent(torch.nn.RNNBase):
                 f"input must be on the device of the weights, {weight.device}, got {x.device}"
             )
 
-    def _check_state(self, x: Tensor, B: int, h0: Tensor, c0: Tensor | None) -> None:
-        """Refuse what ``torch.nn`` refuses, with its exception types."""
-        rows, H = self._state_rows(), self.hidden_size
-        name = "hidden" if c0 is None else "hidden[0]"
-        self._check_one_state(x, name, h0, (rows, B, self.proj_size or H))
-        if c0 is not None:
-            self._check_one_state(x, "hidden[1]", c0, (rows, B, H))
-
-    def _check_one_state(
-        self, x: Tensor, name: str, state: Tensor, expected: tuple[int, int, int]
-    ) -> None:
-        if state.shape != expected:
-            raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-        if state.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise RuntimeError(
-                f"{name} must have the dtype of input, {x.dtype}, got {state.dtype}"
-            )
-        if state.device != x.device:
-            raise RuntimeError(
-                f"{name} must be on the device of input, {x.device}, got {state.device}"
-            )
+    def _check_states(self, states: tuple[Tensor, ...], x: Tensor, B: int) -> None:
+        """Refuse what ``torch.nn`` refuses, with its exception type."""
+        rows = self.num_layers * 2 if self.bidirectional else self.num_layers
+        features = self.proj_size or self.hidden_size
+        for i, state in enumerate(states):
+            if state.shape != (rows, B, features):
+                name = f"hidden[{i}]" if len(states) == 2 else "hidden"
+                raise RuntimeError(
+                    f"Expected {name} size {(rows, B, features)}, got {list(state.shape)}"
+                )
+            if state.dtype != x.dtype and not autocast_enabled(x):
+                raise RuntimeError(f"hx must be {x.dtype} as input is, got {state.dtype}")
+            if state.device != x.device:
+                raise RuntimeError(f"hx must be on {x.device} as input is, got {state.device}")
+            features = self.hidden_size
 
     def _live_weights(self) -> list[Tensor]:
         """The weights by name as they are now, in the order of ``_flat_weights_names``."""
@@ -321,10 +318,11 @@ class LSTM(_Recurrent):
     ``torch.jit.script`` does not take it, ``torch.compile`` and ``torch.export`` do.
     """
 
-    # The checks that torch.nn.LSTM has beyond RNNBase's, for a pair (h, c).
+    # Methods of torch.nn.LSTM that a subclass may call: RNNBase's, with a pair (h, c) for h, which
+    # the type checker takes for an error there too.
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args
-    permute_hidden = torch.nn.LSTM.permute_hidden
+    check_forward_args = torch.nn.LSTM.check_forward_args  # pyright: ignore[reportAssignmentType]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
