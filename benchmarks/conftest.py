@@ -68,4 +68,5 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
         "versions": {"python": platform.python_version(), "seqkern": seqkern.__version__}
         | {name: version(name) for name in packages},
         "limits": measured.as_dict() if measured else None,
+        "load": round(os.getloadavg()[0], 1),
     }

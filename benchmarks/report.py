@@ -36,18 +36,18 @@ class Line:
 
 
 def load(paths: list[Path]) -> dict:
-    """Merges runs into one: about (machine, versions, commit, limits by row) and records."""
+    """Merges runs into one: machine, versions, commit, limits and load by row, and records."""
     merged: dict = {"records": []}
-    limits: dict[str, object] = {}
+    by_row: dict[str, dict[str, object]] = {"limits": {}, "load": {}}
     for path in paths:
         data = json.loads(path.read_text())
         if "records" not in data:
             data = from_pytest_benchmark(data)
         merged["records"] += data.pop("records")
-        limits |= data.pop("limits")
+        for name, values in by_row.items():
+            values |= data.pop(name)
         merged |= data
-    merged["limits"] = limits
-    return merged
+    return merged | by_row
 
 
 def from_pytest_benchmark(data: dict) -> dict:
@@ -62,6 +62,7 @@ def from_pytest_benchmark(data: dict) -> dict:
         "machine": about["machine"],
         "versions": about["versions"],
         "limits": {record["row"]: about["limits"] for record in records if about["limits"]},
+        "load": {record["row"]: about["load"] for record in records},
         "records": records,
     }
 
@@ -191,6 +192,7 @@ def about(run: dict) -> str:
             f"\nLimits, one core, median of the runs: torch.mm {gemm['float32']:.0f} GFLOP/s fp32, "
             f"{gemm['bfloat16']:.0f} bf16; reads {l2:.0f} GB/s from L2, {l3:.0f} from L3."
         )
+    text += f" Load average at the end of a row: at most {max(run['load'].values()):.1f}."
     return text + (
         "\nmean: geometric mean over the cells of peer time / seqkern time, each from the medians "
         "of interleaved samples\n(process CPU time on one thread, wall clock on two). "
