@@ -1,0 +1,223 @@
+"""Every op on every case: values and gradients, derivatives, torch.library, layouts, dtypes."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqkern.ops.choice import has_native_kernel
+from seqkern.testing import OpCase, all_cases, assert_within_budget
+
+CASES = all_cases()
+SMALL = [case for case in CASES if case.small]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+NATIVE = has_native_kernel("recurrent", "cpu")
+# Without the extension the kernel is the reference, for which there is one path only.
+CAPABILITIES = ["amx", "avx512", "avx2", "portable"] if NATIVE else ["reference"]
+
+
+def by_name(case: OpCase) -> str:
+    return case.name
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=by_name)
+every_small_case = pytest.mark.parametrize("case", SMALL, ids=by_name)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once for each instruction set that the processor has."""
+    if not NATIVE:
+        yield request.param
+        return
+    before = torch.ops.seqkern.cpu_capability()
+    try:
+        torch.ops.seqkern.set_cpu_capability(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    torch.ops.seqkern.set_cpu_capability(before)
+
+
+def leaves(case: OpCase, dtype: torch.dtype, grad: bool = True) -> list[Tensor]:
+    return [t.requires_grad_(grad) for t in case.tensors(dtype)]
+
+
+def cotangents(results: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.rand(t.shape, generator=generator, dtype=torch.float64) - 0.5 for t in results]
+    return tuple(t.to(dtype) for t in draws)
+
+
+def expected(case: OpCase, dtype: torch.dtype, out: tuple[Tensor, ...]):
+    """(exact, same dtype) of every result and gradient, from inputs rounded to `dtype`."""
+    inputs, grads = case.tensors(dtype), cotangents(out, dtype)
+    other = torch.float32 if dtype == torch.float64 else dtype
+    exact = case.reference(
+        tuple(t.double() for t in inputs), tuple(g.double() for g in grads)
+    )
+    same = case.reference(tuple(t.to(other) for t in inputs), tuple(g.to(other) for g in grads))
+    return [list(zip(e, s, strict=True)) for e, s in zip(exact, same, strict=True)]
+
+
+@every_dtype
+@every_case
+def test_values_and_gradients(case: OpCase, dtype: torch.dtype, capability: str) -> None:
+    inputs = leaves(case, dtype)
+    out = case.op(*inputs)
+    gradients = torch.autograd.grad(out, inputs, cotangents(out, dtype))
+    results, derived = expected(case, dtype, out)
+    for i, (actual, (exact, same)) in enumerate(zip(out, results, strict=True)):
+        assert_within_budget(f"result {i}", actual, exact, same, dtype)
+    for i, (actual, (exact, same)) in enumerate(zip(gradients, derived, strict=True)):
+        assert_within_budget(f"gradient {i}", actual, exact, same, dtype)
+
+
+@every_dtype
+@every_case
+def test_inference_equals_training(case: OpCase, dtype: torch.dtype, capability: str) -> None:
+    recorded = case.op(*leaves(case, dtype))
+    with torch.no_grad():
+        plain = case.op(*case.tensors(dtype))
+    for a, b in zip(recorded, plain, strict=True):
+        assert not b.requires_grad
+        assert torch.equal(a, b)
+
+
+@every_case
+def test_reference_backward_is_the_derivative_of_its_forward(case: OpCase) -> None:
+    """Autograd derives the reference's forward, operation by operation; the formulas agree."""
+    inputs = leaves(case, torch.float64)
+    with torch.enable_grad():
+        (op, args), *_ = case.raw(tuple(inputs))
+        assert op is torch.ops.seqkern.recurrent
+        from seqkern.reference.recurrent import recurrent
+
+        out = [t for t in recurrent(*args)[:3] if t.dim() > 1]
+    grads = cotangents(tuple(out), torch.float64)
+    derived = torch.autograd.grad(out, inputs, grads)
+    _, formulas = case.reference(tuple(t.detach() for t in inputs), grads)
+    torch.testing.assert_close(derived, formulas, rtol=1e-10, atol=1e-12)
+
+
+@every_small_case
+def test_gradcheck(case: OpCase) -> None:
+    assert torch.autograd.gradcheck(case.op, leaves(case, torch.float64), fast_mode=True)
+
+
+@every_small_case
+def test_gradgradcheck(case: OpCase) -> None:
+    # The small-magnitude third derivatives of the numerical side need the wider atol.
+    assert torch.autograd.gradgradcheck(
+        case.op, leaves(case, torch.float64), fast_mode=True, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
+@every_small_case
+def test_opcheck(case: OpCase, grad: bool) -> None:
+    for op, args in case.raw(tuple(leaves(case, torch.float64, grad))):
+        torch.library.opcheck(op, args)
+
+
+@every_case
+def test_non_contiguous_inputs(case: OpCase) -> None:
+    """Transposed, expanded and offset inputs, and gradients with stride 0."""
+
+    def strided(t: Tensor) -> Tensor:
+        if t.dim() == 3:
+            return t.transpose(0, 1).contiguous().transpose(0, 1)
+        wide = t.new_full((*t.shape[:-1], 2 * t.size(-1) + 1), torch.nan)
+        view = wide[..., 1::2]
+        view.copy_(t)
+        return view
+
+    plain, odd = leaves(case, torch.float32), [strided(t) for t in case.tensors(torch.float32)]
+    odd = [t.requires_grad_() for t in odd]
+    out, odd_out = case.op(*plain), case.op(*odd)
+    for a, b in zip(out, odd_out, strict=True):
+        assert torch.equal(a, b)
+    gradients = torch.autograd.grad([t.sum() for t in out], plain)
+    odd_gradients = torch.autograd.grad([t.sum() for t in odd_out], odd)
+    for a, b in zip(gradients, odd_gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_case
+def test_any_subset_of_gradients(case: OpCase) -> None:
+    """Each input alone takes the gradient it takes among all, and no result has to be used."""
+    inputs = leaves(case, torch.float32)
+    out = case.op(*inputs)
+    for used in range(len(out)):
+        everything = torch.autograd.grad(
+            out[used].sum(), inputs, retain_graph=True, materialize_grads=True
+        )
+        for i, whole in enumerate(everything):
+            alone = leaves(case, torch.float32, grad=False)
+            alone[i].requires_grad_()
+            (one,) = torch.autograd.grad(
+                case.op(*alone)[used].sum(), alone[i], materialize_grads=True
+            )
+            assert torch.equal(one, whole)
+
+
+@every_case
+def test_same_bits_again(case: OpCase) -> None:
+    inputs = leaves(case, torch.float32)
+    runs = []
+    for _ in range(2):
+        out = case.op(*inputs)
+        runs.append([*out, *torch.autograd.grad(out, inputs, cotangents(out, torch.float32))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@every_small_case
+def test_autocast(case: OpCase) -> None:
+    inputs = leaves(case, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = case.op(*inputs)
+        twice = case.op(*leaves(case, torch.float64, grad=False))
+    explicit = case.op(*case.tensors(torch.bfloat16))
+    for a, b, c in zip(out, explicit, twice, strict=True):
+        assert torch.equal(a, b)
+        assert c.dtype == torch.float64
+    gradients = torch.autograd.grad([t.float().sum() for t in out], inputs)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+@every_case
+def test_uninitialised_memory_is_not_read(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that is allocated and not written shows as NaN."""
+    inputs = leaves(case, torch.float32)
+    torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        out = case.op(*inputs)
+        gradients = torch.autograd.grad(out, inputs, cotangents(out, torch.float32))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not any(t.isnan().any() for t in (*out, *gradients))
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL if "B0" not in c.name], ids=by_name)
+def test_compile(case: OpCase) -> None:
+    """One graph, without a break, for the gradient and for several sizes."""
+    inputs = leaves(case, torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(case.op, fullgraph=True, dynamic=True, backend="aot_eager")
+    results = []
+    for run in (case.op, compiled):
+        out = run(*inputs)
+        results.append([*out, *torch.autograd.grad(out, inputs, cotangents(out, torch.float32))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@every_case
+def test_fused_ops_have_both_directions(case: OpCase) -> None:
+    assert has_native_kernel("recurrent", "cpu") == has_native_kernel("recurrent_backward", "cpu")
