@@ -32,6 +32,7 @@ def demo(
     batch_size: Annotated[int, OPTION(help="words of a step")] = TrainOptions.batch_size,
     hidden: Annotated[int, OPTION(help="units of encoder and decoder")] = 128,
     seed: Annotated[int, OPTION(help="of split, weights and order")] = TrainOptions.seed,
+    threads: Annotated[int, OPTION(help="of the processor")] = TrainOptions.threads,
     beam: Beam = 4,
 ) -> None:
     """Train the same model on both sets of layers, compare them, and write a report."""
@@ -40,7 +41,8 @@ def demo(
     with user_errors():
         task = Task(data, seed=seed)
         split = task.load()
-        options = TrainOptions(steps=steps, batch_size=batch_size, seed=seed)
+        options = TrainOptions(steps=steps, batch_size=batch_size, seed=seed, threads=threads)
+        torch.set_num_threads(threads)
         trainers = {name: Trainer(task, options, {"hidden": hidden}, name, split) for name in RUNS}
         facts = _facts(trainers["seqkern"], split)
         for name, value in facts:
@@ -69,7 +71,7 @@ def _facts(trainer: Trainer, split: Split) -> list[tuple[str, str]]:
         (
             "training",
             f"{options.steps} steps of {options.batch_size} words, lr {options.lr}, "
-            f"seed {options.seed}, {torch.get_num_threads()} threads",
+            f"seed {options.seed}, {options.threads} thread(s)",
         ),
     ]
 
@@ -86,7 +88,9 @@ def _train(trainers: dict[str, Trainer], out: Path) -> dict[str, float]:
 
         rates = train_in_turns(trainers, out, stop, on_step)
     if stop:
-        print("stopped; either run goes on with: seqkern train --resume --run " + str(out / "NAME"))
+        print(
+            f"stopped; either run goes on with: seqkern train --run {out}/torch (or {out}/seqkern)"
+        )
         raise typer.Exit(INTERRUPTED)
     return rates
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from seqkern.cli.common import INTERRUPTED, Layers, progress_bar, user_errors
@@ -34,9 +35,13 @@ def train(
     lr: Annotated[float | None, OPTION(help=f"highest; default {TrainOptions.lr}")] = None,
     hidden: Annotated[int | None, OPTION(help="units of encoder and decoder; default 128")] = None,
     seed: Annotated[int | None, OPTION(help=f"default {TrainOptions.seed}")] = None,
-    resume: Annotated[bool, OPTION(help="go on from the folder's checkpoint")] = False,
+    threads: Annotated[int | None, OPTION(help=f"default {TrainOptions.threads}")] = None,
 ) -> None:
-    """Train an encoder-decoder with additive attention on pairs of sequences."""
+    """Train an encoder-decoder with additive attention on pairs of sequences.
+
+    Where the folder holds a checkpoint, the run goes on from there with the options it began
+    with, to the same losses as if it had not been interrupted.
+    """
     given: dict[str, Any] = {
         "data": data,
         "steps": steps,
@@ -44,23 +49,24 @@ def train(
         "lr": lr,
         "hidden": hidden,
         "seed": seed,
+        "threads": threads,
     }
     with user_errors():
         if tokens is not None:
             given["source_tokens"], _, given["target_tokens"] = tokens.partition(":")
         given = {name: value for name, value in given.items() if value is not None}
-        trainer = _resume(run, given, layers) if resume else _start(run, given, layers)
+        resume = checkpoint_path(run).exists()
+        trainer = _resume(run, given, layers) if resume else _start(given, layers)
+        torch.set_num_threads(trainer.options.threads)
         start_log(run, trainer.step)
         finished = _run(trainer, run)
     if not finished:
-        print(f"stopped after step {trainer.step}; resume with: seqkern train --run {run} --resume")
+        print(f"stopped after step {trainer.step}; resume with: seqkern train --run {run}")
         raise typer.Exit(INTERRUPTED)
     print(f"done: {checkpoint_path(run)}")
 
 
-def _start(run: Path, given: dict[str, Any], layers: str | None) -> Trainer:
-    if checkpoint_path(run).exists():
-        raise ValueError(f"{run} holds a checkpoint: add --resume, or choose another --run")
+def _start(given: dict[str, Any], layers: str | None) -> Trainer:
     task = Task(**{k: v for k, v in given.items() if k in (*TASK, "seed")})
     sizes = {k: v for k, v in given.items() if k in SIZES}
     options = {k: v for k, v in given.items() if k not in (*TASK, *SIZES)}
@@ -69,16 +75,15 @@ def _start(run: Path, given: dict[str, Any], layers: str | None) -> Trainer:
 
 def _resume(run: Path, given: dict[str, Any], layers: str | None) -> Trainer:
     path = checkpoint_path(run)
-    if not path.exists():
-        raise ValueError(f"{run} holds no checkpoint to resume from; leave --resume out")
     trainer = Trainer.resume(path, layers)
     kept = vars(trainer.model.config) | vars(trainer.task) | vars(trainer.options)
     for name, value in given.items():
         if kept[name] != value:
             raise ValueError(
                 f"{name} is {value!r} here and {kept[name]!r} in {path}: a resumed run keeps its "
-                "options; leave it out, or start a new run"
+                "options; leave it out, or choose another --run"
             )
+    print(f"resuming {run} after step {trainer.step}")
     return trainer
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from seqkern.tasks.checkpoint import write_atomically
 from seqkern.tasks.compare import Comparison, Result
@@ -107,6 +108,8 @@ def _curves(comparison: Comparison) -> Figure:
         whole.plot(*_smooth(run.losses, 40), **look)
         first.plot(np.arange(1, len(run.losses[:50]) + 1), run.losses[:50], **look)
     whole.set(xlabel="step", ylabel="loss, nats per phoneme", yscale="log")
+    whole.yaxis.set_major_formatter("{x:g}")
+    whole.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     whole.set_title("training loss, mean of 40 steps", loc="left")
     first.set(xlabel="step")
     first.set_title("the first 50 losses", loc="left")
@@ -139,6 +142,7 @@ def _heat_maps(alignments: Sequence[Alignment]) -> Figure:
     columns = 3
     rows = -(-len(alignments) // columns)
     figure = Figure(figsize=(9.5, 3.3 * rows), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06, hspace=0.08)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(alignments) :]:
         axis.set_visible(False)

@@ -24,7 +24,8 @@ class TrainOptions:
     """Everything besides data and model sizes that decides the losses.
 
     The learning rate rises linearly to `lr` over `warmup` steps, then falls to zero at `steps`
-    along half a cosine.
+    along half a cosine. `threads` is for whoever runs the trainer to set: sums are made in another
+    order on another number of them. At the default sizes a second thread mostly waits.
     """
 
     steps: int = 4500
@@ -34,9 +35,10 @@ class TrainOptions:
     weight_decay: float = 0.01
     clip: float = 1.0
     seed: int = 1
+    threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip"):

@@ -1,0 +1,43 @@
+"""Every example runs, at a tiny size, and prints what it promises."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_drop_in_lstm(run):
+    out = run("drop_in_lstm.py", "--steps", "3")
+    (first, last), (our_first, our_last) = re.findall(r"loss (\S+) -> (\S+) in", out)
+    assert float(our_first) == pytest.approx(float(first), abs=5e-6)
+    assert float(our_last) == pytest.approx(float(last), abs=5e-5)
+
+
+def test_convert_model(run):
+    out = run("convert_model.py")
+    assert "encoder: LSTM of torch.nn is now seqkern.nn" in out
+    assert float(re.search(r"outputs: (\S+)", out)[1]) < 1e-5
+
+
+def test_g2p(run, tmp_path):
+    data = tmp_path / "pairs.tsv"
+    words = [a + b + c for a in "abcd" for b in "efgh" for c in "ijkl"]
+    data.write_text("".join(f"{word}\t{' '.join(word.upper())}\n" for word in words))
+    out = run("g2p.py", "--data", str(data), "--steps", "2", "aei", "dhl")
+    assert re.search(r"^step 2: loss \d", out, re.MULTILINE)
+    assert re.search(r"^held-out words: [\d.]+% wrong$", out, re.MULTILINE)
+    assert re.findall(r"^(\w+)\t", out, re.MULTILINE) == ["aei", "dhl"]
