@@ -40,7 +40,9 @@ lint: $(VENV)/.lint
 docs: $(VENV)/.lint
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# build/lib would bring modules that were deleted since into the wheel.
 wheel: $(VENV)/.package
+	rm -rf build/lib*
 	$(BIN)/python -m pip --disable-pip-version-check wheel . \
 	  --no-build-isolation --no-deps --wheel-dir dist
 

@@ -41,7 +41,7 @@ fi
 # this checkout. Its own site-packages come first, so the seqkern that runs is the one just built;
 # PYTHONSAFEPATH keeps the folder ./seqkern, which holds no extension, from being found instead.
 build() {
-  rm -rf "$ENVIRONMENT"
+  rm -rf "$ENVIRONMENT" build/lib*  # build/lib would bring modules deleted since
   "$PYTHON" -m venv --without-pip "$ENVIRONMENT" || return 1
   local site
   site=$("$ENVIRONMENT/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -108,22 +108,27 @@ def _stream_error() -> str | None:
 
 
 def op_names() -> list[str]:
-    """The names of all ops registered under seqkern::, sorted."""
+    """The names of the ops on tensors that are registered under seqkern::, sorted."""
     names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
-    return sorted(name for name in names if name.startswith("seqkern::"))
+    own = sorted(name for name in names if name.startswith("seqkern::"))
+    return [name for name in own if "Tensor" in _registrations(name, "schema")]
+
+
+def _registrations(op: str, key: str) -> str:
+    """The dispatcher's line on `key` of an op, which names the file that registered its kernel."""
+    found = re.search(rf"^{re.escape(key)}: (.*)$", torch._C._dispatch_dump(op), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def serving(op: str, device: str) -> str:
     """What runs `op` on `device` ("CPU" or "CUDA"): "C++", "Python kernel", "reference", "nothing".
 
     A kernel under the device's own key comes before the reference, which is registered for all
-    devices. The dispatcher names the place where each kernel was registered; a Python one has none.
+    devices.
     """
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    if has(op, device):
-        line = re.search(rf"^{device}: (.*)$", torch._C._dispatch_dump(op), re.MULTILINE)
-        return "Python kernel" if line and ".py:" in line[1] else "C++"
-    return "reference" if has(op, "CompositeExplicitAutograd") else "nothing"
+    if own := _registrations(op, device):
+        return "Python kernel" if ".py:" in own else "C++"
+    return "reference" if _registrations(op, "CompositeExplicitAutograd[alias]") else "nothing"
 
 
 def _kernels() -> Iterator[tuple[str, str]]:
