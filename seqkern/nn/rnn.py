@@ -320,12 +320,18 @@ class LSTM(_Recurrent):
 
     # Methods of torch.nn.LSTM that a subclass may call: RNNBase's, with a pair (h, c) for h, which
     # the type checker takes for an error there too.
-    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     check_forward_args = torch.nn.LSTM.check_forward_args  # pyright: ignore[reportAssignmentType]
     permute_hidden = torch.nn.LSTM.permute_hidden  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
+
+    def get_expected_cell_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        """The size (num_layers*D, B, H) that c_0 must have for this input."""
+        rows, B, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return rows, B, self.hidden_size
 
 
 class GRU(_Recurrent):
