@@ -30,7 +30,7 @@ CXX_FLAGS = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall"]
 CXX_FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # Python 3.11 and torch 2.11: the oldest that one binary of seqkern._C has to load in.
 STABLE_ABI_FLAGS = ["-DPy_LIMITED_API=0x030B0000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-OPTIMISE = {"": ["-O3", "-DNDEBUG"], "address": ["-O1", "-g", "-fsanitize=address"]}
+OPTIMISE = {"": ["-O2", "-DNDEBUG"], "address": ["-O1", "-g", "-fsanitize=address"]}
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
 CUDA_SOURCES = ["csrc/torch/*_cuda.cpp", "csrc/core/cuda/*.cu"]
 

@@ -98,7 +98,7 @@ void recurrent_backward(const Backward& b);
 PackedSizes packed_sizes(const Shape& s);
 void pack_weights(const Shape& s, const Weights& w, void* ih, void* hh, void* hr, void* bias);
 
-// "amx", "avx512", "avx2" or "portable": what the processor allows, or what was set.
+// "amx", "avx512_bf16", "avx512", "avx2" or "portable": what the processor allows, or what was set.
 const char* cpu_capability();
 // For tests and comparisons; throws std::invalid_argument when this processor lacks `name`.
 void set_cpu_capability(const char* name);

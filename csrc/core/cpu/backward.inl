@@ -166,7 +166,7 @@ struct BackwardPass {
 
   void add_product(int64_t n, const C* a, int64_t lda, const C* packed, int64_t k, Range panels,
                    C* out, int64_t ld) {
-    gemm<C, C, C, Mode::rnn_tanh>(n, a, lda, {packed, nullptr, 0, k}, panels.begin, panels.end,
+    Product<C, C>::template gemm<C, Mode::rnn_tanh>(n, a, lda, {packed, nullptr, 0, k}, panels.begin, panels.end,
                                   out + share_rows.first * ld, share_rows.stride * ld, Plain::ih,
                                   nullptr, false);
   }
@@ -240,7 +240,7 @@ struct BackwardPass {
     for (int64_t r = mine.begin; r < mine.end; r += kTileRows) {
       const int64_t n = min_<int64_t>(kTileRows, mine.end - r);
       for (int64_t j = 0; j < n * ldi; j += L) store<C>(dx_rows + j, V<C>{});
-      gemm<C, C, C, Mode::rnn_tanh>(n, gradients + r * ldg, ldg, {ih, nullptr, 0, GH}, 0, Ip,
+      Product<C, C>::template gemm<C, Mode::rnn_tanh>(n, gradients + r * ldg, ldg, {ih, nullptr, 0, GH}, 0, Ip,
                                     dx_rows, ldi, Plain::ih, nullptr, false);
       for (int64_t q = 0; q < n; ++q)
         for (int64_t j = 0; j < s.I; j += L)
@@ -347,4 +347,23 @@ struct BackwardPass {
     for (int64_t i = r.begin; i < r.end; ++i)
       write_row(static_cast<S*>(to) + i * columns, from + i * ld, columns);
   }
+};
+
+template <class S, class C, Mode M>
+struct Entry : ForwardEntry<S, C, C, M> {
+  using Forwards = ForwardEntry<S, C, C, M>;
+  using Pass = BackwardPass<S, C, M>;
+
+  static Workspace workspace(const Backward& b, const Member& me) { return Pass::workspace(b, me); }
+  static void run(const Backward& b, const Member& me) { Pass(b, me).run(); }
+  static void add(void* sum, const void* other, int64_t n) {
+    S* a = static_cast<S*>(sum);
+    const S* b = static_cast<const S*>(other);
+    for (int64_t i = 0; i < n; i += kLanes<C>)
+      store_n<C>(a + i, load_n<C>(a + i, n - i) + load_n<C>(b + i, n - i), n - i);
+  }
+
+  static constexpr Kernels kernels{Forwards::workspace, Forwards::run, Forwards::packed_sizes,
+                                   Forwards::pack,      workspace,     run,
+                                   add};
 };

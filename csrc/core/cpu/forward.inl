@@ -34,6 +34,7 @@ SK_INLINE Range share_of(int64_t n, const Member& me) {
 template <class S, class A, class C, Mode M>
 struct ForwardPass {
   using K = Cell<M, C>;
+  using Dot = Product<A, C>;
   static constexpr Mode kPlain = Mode::rnn_tanh;  // rows of the matrix in their order
   static constexpr int L = kLanes<C>;
   static constexpr int kUnits = K::group_blocks * L;
@@ -83,9 +84,9 @@ struct ForwardPass {
   // several steps do; otherwise a panel is packed just before its only use.
   void carve(Carver shared, Carver own, Workspace* count) {
     const int64_t p = groups * K::group_panels;
-    ih = shared.take<A>(pack && chunk_rows < s.N ? p * panel_size<A, C>(s.I) : 0);
-    hh = shared.take<A>(pack && s.T > 1 ? p * panel_size<A, C>(s.P) : 0);
-    hr = shared.take<A>(pack && s.T > 1 ? hr_panels * panel_size<A, C>(s.H) : 0);
+    ih = shared.take<A>(pack && chunk_rows < s.N ? p * Dot::panel_size(s.I) : 0);
+    hh = shared.take<A>(pack && s.T > 1 ? p * Dot::panel_size(s.P) : 0);
+    hr = shared.take<A>(pack && s.T > 1 ? hr_panels * Dot::panel_size(s.H) : 0);
     bias = shared.take<C>(pack ? groups * K::group_width : 0);
     h_buffer[0] = shared.take<A>(s.B * ldh);
     h_buffer[1] = shared.take<A>(s.B * ldh);
@@ -95,7 +96,7 @@ struct ForwardPass {
     g = own.take<C>(chunk_rows * ldg);
     out = own.take<C>(s.proj ? s.B * ldo : 0);
     const int64_t longest = max_(max_(s.I, s.P), s.proj ? s.H : 0);
-    panels = own.take<A>(pack ? 4 * panel_size<A, C>(longest) : 0);
+    panels = own.take<A>(pack ? 4 * Dot::panel_size(longest) : 0);
     if (count) *count = {shared.used, own.used};
   }
 
@@ -108,7 +109,7 @@ struct ForwardPass {
   template <Mode R>
   static void pack_range(A* dst, const void* w, int64_t rows, int64_t k, Range r) {
     for (int64_t p = r.begin; p < r.end; ++p)
-      pack_panel<A, C, S, R>(dst + p * panel_size<A, C>(k), static_cast<const S*>(w), rows, k, p);
+      Dot::template pack_panel<S, R>(dst + p * Dot::panel_size(k), static_cast<const S*>(w), rows, k, p);
   }
 
   static void pack_bias(C* dst, const Weights& w, const Shape& s, Range r) {
@@ -191,7 +192,7 @@ struct ForwardPass {
       }
     }
     const bool ready = !pack || chunk_rows < s.N;
-    gemm<A, C, S, M>(rows, x, ldx, {ready ? ih : nullptr, static_cast<const S*>(f.w[d].w_ih), s.H, s.I},
+    Dot::template gemm<S, M>(rows, x, ldx, {ready ? ih : nullptr, static_cast<const S*>(f.w[d].w_ih), s.H, s.I},
                      mine.begin * K::group_panels, mine.end * K::group_panels, g, ldg, K::ih, panels,
                      false);
   }
@@ -201,7 +202,7 @@ struct ForwardPass {
     const A* h_prev = h_buffer[i & 1] + share_rows.first * ldh;
     A* h = h_buffer[(i + 1) & 1] + share_rows.first * ldh;
     const bool ready = !pack || s.T > 1;
-    gemm<A, C, S, M>(n, h_prev, share_rows.stride * ldh,
+    Dot::template gemm<S, M>(n, h_prev, share_rows.stride * ldh,
                      {ready ? hh : nullptr, static_cast<const S*>(f.w[d].w_hh), s.H, s.P},
                      mine.begin * K::group_panels, mine.end * K::group_panels, gate_rows, ldg, K::hh,
                      panels, i & 1);
@@ -240,7 +241,7 @@ struct ForwardPass {
     const int64_t from = my_outputs.begin * kPanel<C>, to = my_outputs.end * kPanel<C>;
     for (int64_t r = 0; r < n; ++r)
       for (int64_t j = from; j < to; j += L) store<C>(out + r * ldo + j, V<C>{});
-    gemm<A, C, S, kPlain>(n, m + share_rows.first * ldm, share_rows.stride * ldm,
+    Dot::template gemm<S, kPlain>(n, m + share_rows.first * ldm, share_rows.stride * ldm,
                           {ready ? hr : nullptr, static_cast<const S*>(f.w[d].w_hr), s.P, s.H},
                           my_outputs.begin, my_outputs.end, out, ldo, Cell<kPlain, C>::ih, panels,
                           false);

@@ -74,32 +74,10 @@ struct Matrix {
   int64_t K;
 };
 
-// Elements of one panel. A is the type of the operands; it differs from the compute type C only
-// where the processor multiplies bf16 itself.
+// Product<A, C>: operands of type A, sums of type C. They differ only where the processor multiplies
+// bf16 itself; that product is in bf16.inl.
 template <class A, class C>
-SK_INLINE int64_t panel_size(int64_t K) {
-  return K * kPanel<C>;
-}
-
-template <class A, class C, class S, Mode M>
-static void pack_panel(A* dst, const S* w, int64_t rows, int64_t K, int64_t panel) {
-  static_assert(sizeof(A) == sizeof(C), "operands in the compute type");
-  constexpr int L = kLanes<C>;
-  for (int half = 0; half < 2; ++half) {
-    const VectorRows vr = gate_rows<M>(2 * panel + half, rows, L);
-    const S* from = w + vr.first * K;
-    for (int64_t k = 0; k < K; k += L) {
-      const int64_t n = min_<int64_t>(L, K - k);
-      V<C> r[L];
-#pragma GCC unroll 16
-      for (int l = 0; l < L; ++l)
-        r[l] = l < vr.count ? load_n<C>(from + l * K + k, n) : V<C>{};
-      transpose<C>(r);
-      C* out = dst + k * kPanel<C> + half * L;
-      for (int64_t l = 0; l < n; ++l) store<C>(out + l * kPanel<C>, r[l]);
-    }
-  }
-}
+struct Product;
 
 // Panel of a matrix whose rows are already k: columns [panel * width, ...) of (K, N).
 template <class C, class S>
@@ -110,19 +88,25 @@ static void pack_columns(C* dst, const S* w, int64_t ld, int64_t K, int64_t N, i
 
 // ---- tiles
 
+// What one step of k does to an accumulator.
+template <class C>
+struct MultiplyAdd {
+  SK_INLINE V<C> apply(V<C> acc, V<C> a, V<C> b) { return acc + a * b; }
+};
+
 // R rows of A by NP panels. A(r, k) is a[r * lda + k], or a[k * R + r] when Transposed. The three
 // rows that share a base pointer reach each other by lda and 2 * lda: few enough address registers
 // for twelve rows, which the empty asm keeps the compiler from undoing.
-template <class C, int R, int NP, bool Transposed>
+//
+// Sums run over blocks of k, each from zero, so that rounding errors grow with the block and the
+// number of blocks instead of with K.
+constexpr int64_t kSumBlock = 128;
+
+template <class C, int R, int NP, bool Transposed, class Step>
 static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_stride, C* c,
                  int64_t ldc, const int64_t* at) {
   constexpr int L = kLanes<C>, W = kPanel<C>, bases = (R + 2) / 3;
   V<C> acc[R][2 * NP];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < 2 * NP; ++v)
-      acc[r][v] = load<C>(c + r * ldc + at[v / 2] + (v % 2) * L);
   const C* row[bases];
 #pragma GCC unroll 4
   for (int g = 0; g < bases; ++g) row[g] = a + 3 * g * lda;
@@ -138,39 +122,46 @@ static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_s
     for (int r = 0; r < R; ++r) {
       const C s = Transposed ? a[k * R + r] : *(row[r / 3] + (r % 3) * lda + k);
 #pragma GCC unroll 8
-      for (int v = 0; v < 2 * NP; ++v) acc[r][v] += splat(s) * bv[v];
+      for (int v = 0; v < 2 * NP; ++v) acc[r][v] = Step::apply(acc[r][v], splat(s), bv[v]);
     }
   };
-  int64_t k = 0;
-  for (; k + 4 <= K; k += 4) {
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) step(u);
+  auto advance = [&](int64_t n) __attribute__((always_inline)) {
     if (Transposed) {
-      a += 4 * R;
+      a += n * R;
     } else {
 #pragma GCC unroll 4
       for (int g = 0; g < bases; ++g) {
-        row[g] += 4;
+        row[g] += n;
         asm("" : "+r"(row[g]));
       }
     }
-    b += 4 * W;
-  }
-  for (; k < K; ++k) {
-    step(0);
-    if (Transposed) {
-      a += R;
-    } else {
-#pragma GCC unroll 4
-      for (int g = 0; g < bases; ++g) row[g] += 1;
-    }
-    b += W;
-  }
+    b += n * W;
+  };
+  while (K > 0) {
+    const int64_t block = min_(K, kSumBlock);
+    K -= block;
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < 2 * NP; ++v)
-      store<C>(c + r * ldc + at[v / 2] + (v % 2) * L, acc[r][v]);
+      for (int v = 0; v < 2 * NP; ++v) acc[r][v] = V<C>{};
+    int64_t k = 0;
+    for (; k + 4 <= block; k += 4) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) step(u);
+      advance(4);
+    }
+    for (; k < block; ++k) {
+      step(0);
+      advance(1);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < 2 * NP; ++v) {
+        C* to = c + r * ldc + at[v / 2] + (v % 2) * L;
+        store<C>(to, load<C>(to) + acc[r][v]);
+      }
+  }
 }
 
 constexpr int kTileRows = SK_ACC / 2;  // rows of a one-panel tile
@@ -182,19 +173,20 @@ constexpr int panels_for() {  // panels that fill the accumulators, at most 4
 
 // The tile for `rows` and `panels`, found by a walk over the sizes that exist. A transposed A takes
 // one panel at a time.
-template <class C, bool Transposed, int R = 1>
+template <class C, bool Transposed, class Step = MultiplyAdd<C>, int R = 1>
 static void tile_rows(int rows, int panels, int64_t K, const C* a, int64_t lda, const C* b,
                       int64_t panel_stride, C* c, int64_t ldc, const int64_t* at) {
   if constexpr (R <= kTileRows) {
     if (rows != R)
-      return tile_rows<C, Transposed, R + 1>(rows, panels, K, a, lda, b, panel_stride, c, ldc, at);
+      return tile_rows<C, Transposed, Step, R + 1>(rows, panels, K, a, lda, b, panel_stride, c, ldc,
+                                                   at);
     constexpr int most = Transposed ? 1 : panels_for<R>();
-    if (panels == 1) return tile<C, R, 1, Transposed>(K, a, lda, b, panel_stride, c, ldc, at);
+    if (panels == 1) return tile<C, R, 1, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
     if constexpr (most >= 2)
-      if (panels == 2) return tile<C, R, 2, Transposed>(K, a, lda, b, panel_stride, c, ldc, at);
+      if (panels == 2) return tile<C, R, 2, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
     if constexpr (most >= 3)
-      if (panels == 3) return tile<C, R, 3, Transposed>(K, a, lda, b, panel_stride, c, ldc, at);
-    if constexpr (most >= 4) tile<C, R, 4, Transposed>(K, a, lda, b, panel_stride, c, ldc, at);
+      if (panels == 3) return tile<C, R, 3, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
+    if constexpr (most >= 4) tile<C, R, 4, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
   }
 }
 
@@ -204,32 +196,66 @@ SK_INLINE int panels_at_once(int64_t m) {
   return max_(1, min_(4, int(SK_ACC / (2 * m))));
 }
 
-// C[m rows][panels p0..p1 by `columns`] += A B. `scratch` holds panels_at_once(m) panels when the
-// matrix is not packed. `backwards` walks the panels from the last: every second step of a sequence
-// does, so that what the cache still holds of the weights is used first.
-template <class A, class C, class S, Mode M>
-static void gemm(int64_t m, const A* a, int64_t lda, const Matrix<S, A>& w, int64_t p0, int64_t p1,
-                 C* c, int64_t ldc, const Columns& columns, A* scratch, bool backwards) {
-  if (m <= 0 || p1 <= p0) return;
-  const int at_once = panels_at_once(m);
-  const int64_t size = panel_size<A, C>(w.K);
-  const int64_t tiles = ceil_div(m, kTileRows), turns = ceil_div(p1 - p0, at_once);
-  for (int64_t turn = 0; turn < turns; ++turn) {
-    const int64_t p = p0 + (backwards ? turns - 1 - turn : turn) * at_once;
-    const int np = int(min_<int64_t>(at_once, p1 - p));
-    int64_t at[4];
-    for (int i = 0; i < np; ++i) at[i] = column_of(columns, p + i);
-    const A* b = w.packed + p * size;
-    if (!w.packed) {
-      for (int i = 0; i < np; ++i)
-        pack_panel<A, C, S, M>(scratch + i * size, w.raw, w.rows, w.K, p + i);
-      b = scratch;
-    }
-    // Tiles of nearly equal height: 16 rows are 8 + 8, not 12 + 4.
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t r0 = t * m / tiles, rows = (t + 1) * m / tiles - r0;
-      tile_rows<C, false>(int(rows), np, w.K, a + r0 * lda, lda, b, size, c + r0 * ldc, ldc,
-                          at);
+template <class C>
+struct Product<C, C> {
+  // Elements of one panel.
+  SK_INLINE int64_t panel_size(int64_t K) { return K * kPanel<C>; }
+
+  template <class S, Mode M>
+  static void pack_panel(C* dst, const S* w, int64_t rows, int64_t K, int64_t panel) {
+    constexpr int L = kLanes<C>;
+    const VectorRows vr[2] = {gate_rows<M>(2 * panel, rows, L), gate_rows<M>(2 * panel + 1, rows, L)};
+    for (int64_t k = 0; k < K; k += L) {
+      const int64_t n = min_<int64_t>(L, K - k);
+      for (int half = 0; half < 2; ++half) {
+        const S* from = w + vr[half].first * K + k;
+        C* out = dst + k * kPanel<C> + half * L;
+        V<C> r[L];
+        if (n == L && vr[half].count == L) {
+  #pragma GCC unroll 16
+          for (int l = 0; l < L; ++l) {
+            r[l] = load_as<C>(from + l * K);
+            __builtin_prefetch(from + l * K + 2 * L);
+          }
+          transpose<C>(r);
+  #pragma GCC unroll 16
+          for (int l = 0; l < L; ++l) store<C>(out + l * kPanel<C>, r[l]);
+          continue;
+        }
+        for (int l = 0; l < L; ++l) r[l] = l < vr[half].count ? load_n<C>(from + l * K, n) : V<C>{};
+        transpose<C>(r);
+        for (int64_t l = 0; l < n; ++l) store<C>(out + l * kPanel<C>, r[l]);
+      }
     }
   }
-}
+
+  // C[m rows][panels p0..p1 by `columns`] += A B. `scratch` holds panels_at_once(m) panels when the
+  // matrix is not packed. `backwards` walks the panels from the last: every second step of a sequence
+  // does, so that what the cache still holds of the weights is used first.
+  template <class S, Mode M>
+  static void gemm(int64_t m, const C* a, int64_t lda, const Matrix<S, C>& w, int64_t p0, int64_t p1,
+                   C* c, int64_t ldc, const Columns& columns, C* scratch, bool backwards) {
+    if (m <= 0 || p1 <= p0) return;
+    const int at_once = panels_at_once(m);
+    const int64_t size = panel_size(w.K);
+    const int64_t tiles = ceil_div(m, kTileRows), turns = ceil_div(p1 - p0, at_once);
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      const int64_t p = p0 + (backwards ? turns - 1 - turn : turn) * at_once;
+      const int np = int(min_<int64_t>(at_once, p1 - p));
+      int64_t at[4];
+      for (int i = 0; i < np; ++i) at[i] = column_of(columns, p + i);
+      const C* b = w.packed + p * size;
+      if (!w.packed) {
+        for (int i = 0; i < np; ++i)
+          pack_panel<S, M>(scratch + i * size, w.raw, w.rows, w.K, p + i);
+        b = scratch;
+      }
+      // Tiles of nearly equal height: 16 rows are 8 + 8, not 12 + 4.
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t r0 = t * m / tiles, rows = (t + 1) * m / tiles - r0;
+        tile_rows<C, false>(int(rows), np, w.K, a + r0 * lda, lda, b, size, c + r0 * ldc, ldc,
+                            at);
+      }
+    }
+  }
+};

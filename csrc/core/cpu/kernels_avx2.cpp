@@ -12,19 +12,21 @@
 #define SK_ACC 12
 
 namespace seqkern::avx2 {
-#include "simd.inl"
 // clang-format off: each file builds on the one before
+#include "simd.inl"
 #include "gemm.inl"
 #include "cells.inl"
 #include "forward.inl"
-#include "backward.inl"
 #include "kernels.inl"
+#include "backward.inl"
 // clang-format on
 
-#define SK_ROW(S, C)                                                                         \
-  {                                                                                          \
-    Entry<S, C, C, Mode::lstm>::kernels, Entry<S, C, C, Mode::gru>::kernels,                 \
-        Entry<S, C, C, Mode::rnn_tanh>::kernels, Entry<S, C, C, Mode::rnn_relu>::kernels     \
+template <class S, class C, Mode M>
+constexpr Kernels kEntry = Entry<S, C, M>::kernels;
+#define SK_ROW(S, C)                                                   \
+  {                                                                    \
+    kEntry<S, C, Mode::lstm>, kEntry<S, C, Mode::gru>,                 \
+        kEntry<S, C, Mode::rnn_tanh>, kEntry<S, C, Mode::rnn_relu>     \
   }
 static constexpr KernelTable kTable{
     {SK_ROW(float, float), SK_ROW(double, double), SK_ROW(bf16, float), SK_ROW(f16, float)}};

@@ -2,6 +2,11 @@
 #include "../recurrent.h"
 
 #include <omp.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -23,8 +28,20 @@ constexpr int64_t kRowSplitRows = 4;
 // A workspace up to this size is kept by its thread for the next call.
 constexpr int64_t kKeptBytes = 16 << 20;
 
-enum Capability { portable, avx2, avx512, amx, capabilities };
-const char* const kNames[capabilities] = {"portable", "avx2", "avx512", "amx"};
+enum Capability { portable, avx2, avx512, avx512_bf16, amx, capabilities };
+const char* const kNames[capabilities] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+
+#if defined(__x86_64__)
+// The processor's word for it (leaf 7: AMX-BF16, AMX-TILE), and the kernel's: a process has to ask
+// for the tile registers before it may touch them.
+bool amx_granted() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 22)) || !(d & (1u << 24)))
+    return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 bool available(int c) {
 #if defined(__x86_64__)
@@ -35,7 +52,8 @@ bool available(int c) {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (c == avx2) return has_avx2;
   if (c == avx512) return has_avx512;
-  if (c == amx) return false;
+  if (c == avx512_bf16) return has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (c == amx) return has_avx512 && amx_granted();
 #endif
   return c == portable;
 }
@@ -51,13 +69,25 @@ int& current() {
   return c;
 }
 
-const Kernels& kernels(const Shape& s) {
+const Kernels& backward_kernels(const Shape& s) {
   const int type = int(s.type), mode = int(s.mode);
 #if defined(__x86_64__)
   if (current() >= avx512) return table_avx512().of[type][mode];
   if (current() == avx2) return table_avx2().of[type][mode];
 #endif
   return table_portable().of[type][mode];
+}
+
+// Processors that multiply bf16 have a forward of their own for it, except with a projection, whose
+// input (o tanh c) would be rounded once more on the way.
+const Kernels& forward_kernels(const Shape& s) {
+#if defined(__x86_64__)
+  if (s.type == Type::bf16 && !s.proj) {
+    if (current() == amx) return table_amx().of[int(s.type)][int(s.mode)];
+    if (current() == avx512_bf16) return table_avx512_bf16().of[int(s.type)][int(s.mode)];
+  }
+#endif
+  return backward_kernels(s);
 }
 
 Split split(const Shape& s, int threads) {
@@ -164,7 +194,7 @@ void recurrent_forward(const Forward& given) {
   Forward f = given;
   if (f.shape.N == 0) return;
   const auto offsets = offsets_of(f.shape);
-  const Kernels& k = kernels(f.shape);
+  const Kernels& k = forward_kernels(f.shape);
   run(
       f.shape, f.threads, [&](const Member& m) { return k.forward_workspace(f, m); },
       [&](const Member& m) { k.forward(f, m); });
@@ -181,7 +211,7 @@ void recurrent_backward(const Backward& given) {
     return;
   }
   const auto offsets = offsets_of(b.shape);
-  const Kernels& k = kernels(s);
+  const Kernels& k = backward_kernels(s);
   std::unique_ptr<char[]> reverse;
   if (b.dx && s.D == 2) {
     reverse.reset(new char[size_t(s.N * s.I * size_of(s.type))]);
@@ -193,10 +223,10 @@ void recurrent_backward(const Backward& given) {
   if (reverse) k.add(b.dx, b.dx_reverse, s.N * s.I);
 }
 
-PackedSizes packed_sizes(const Shape& s) { return kernels(s).packed_sizes(s); }
+PackedSizes packed_sizes(const Shape& s) { return forward_kernels(s).packed_sizes(s); }
 
 void pack_weights(const Shape& s, const Weights& w, void* ih, void* hh, void* hr, void* bias) {
-  kernels(s).pack(s, w, ih, hh, hr, bias);
+  forward_kernels(s).pack(s, w, ih, hh, hr, bias);
 }
 
 const char* cpu_capability() { return kNames[current()]; }
@@ -210,7 +240,7 @@ void set_cpu_capability(const char* name) {
       return;
     }
   throw std::invalid_argument(
-      std::string("set_cpu_capability: expected portable, avx2, avx512 or amx, got ") + name);
+      std::string("set_cpu_capability: expected portable, avx2, avx512, avx512_bf16 or amx, got ") + name);
 }
 
 }  // namespace seqkern

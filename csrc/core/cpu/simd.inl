@@ -201,8 +201,14 @@ struct ExpConstants<double> {
 };
 
 template <class C>
-SK_INLINE V<C> clamp_keep_nan(V<C> x, C low, C high) {  // comparisons with NaN are false: x is kept
-  x = (x < low) ? splat(low) : x;
+SK_INLINE V<C> clamp_keep_nan(V<C> x, C low, C high) {
+#ifdef SK_AVX512
+  if constexpr (sizeof(C) == 4) {  // the second operand is returned when one is NaN: x is kept
+    const __m512 y = _mm512_max_ps(bit_cast<__m512>(splat(low)), bit_cast<__m512>(x));
+    return bit_cast<V<C>>(_mm512_min_ps(bit_cast<__m512>(splat(high)), y));
+  }
+#endif
+  x = (x < low) ? splat(low) : x;  // comparisons with NaN are false: x is kept
   return (x > high) ? splat(high) : x;
 }
 
@@ -222,14 +228,16 @@ SK_INLINE void exp_parts(V<C> x, V<C>& scale, V<C>& p) {
   scale = bit_cast<V<C>>((bit_cast<I>(shifted) << K::mantissa) + K::one);
 }
 
-// One division less: an estimate of 14 bits and two Newton steps where the set has one.
 SK_INLINE V<double> divide(V<double> a, V<double> b) { return a / b; }
 SK_INLINE V<float> divide(V<float> a, V<float> b) {
-#ifdef SK_RCP14
-  V<float> y = bit_cast<V<float>>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(b)));
-  y = y + y * (1.0f - b * y);
-  const V<float> q = a * y;
-  return q + y * (a - b * q);  // the residual makes the quotient right to about an ulp
+#ifdef SK_AVX512
+  // An estimate of 14 bits and one Newton step: about an ulp, at a third of a division's time.
+  const V<float> y = bit_cast<V<float>>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(b)));
+  V<float> q = a * (y + y * (1.0f - b * y));
+  // Keeps the compiler from fusing this product into the sums it is used in: it could only do so
+  // where the quotient is not stored as well, and the two would round differently.
+  asm("" : "+v"(q));
+  return q;
 #else
   return a / b;
 #endif
@@ -243,7 +251,7 @@ SK_INLINE V<C> sigmoid(V<C> x) {
   return divide(splat(C(1)), (scale + scale * p) + C(1));
 }
 
-// expm1(2x) / (expm1(2x) + 2): no cancellation near zero. Error under 3 ulp; +-1 from |x| = 20 on.
+// expm1(2x) / (expm1(2x) + 2): no cancellation near zero. Error under 4 ulp; +-1 from |x| = 20 on.
 template <class C>
 SK_INLINE V<C> tanh(V<C> x) {
   V<C> scale, p;

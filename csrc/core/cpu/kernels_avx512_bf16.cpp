@@ -1,0 +1,42 @@
+// AVX-512-BF16: the forward of bf16 by dot products of pairs.
+#include <immintrin.h>
+
+#include "table.h"
+#include "types.h"
+
+#if defined(__x86_64__)
+// See kernels_avx512.cpp for why the headers stay above.
+// The intrinsics of GCC 12 pass an undefined vector where a mask makes it unread.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512,avx512bf16")
+
+#define SK_VBYTES 64
+#define SK_ACC 24
+#define SK_AVX512 1
+
+namespace seqkern::avx512_bf16 {
+// clang-format off: each file builds on the one before
+#include "simd.inl"
+#include "gemm.inl"
+#include "bf16.inl"
+#include "cells.inl"
+#include "forward.inl"
+#include "kernels.inl"
+// clang-format on
+
+template <Mode M>
+constexpr Kernels kForward = ForwardEntry<bf16, bf16, float, M>::kernels;
+static constexpr KernelTable kTable{{{},
+                                     {},
+                                     {kForward<Mode::lstm>, kForward<Mode::gru>,
+                                      kForward<Mode::rnn_tanh>, kForward<Mode::rnn_relu>},
+                                     {}}};
+}  // namespace seqkern::avx512_bf16
+
+#pragma GCC pop_options
+
+namespace seqkern {
+const KernelTable& table_avx512_bf16() { return avx512_bf16::kTable; }
+}  // namespace seqkern
+#endif
