@@ -7,11 +7,12 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogFormatter
 
 from seqkern.tasks.checkpoint import write_atomically
@@ -71,7 +72,7 @@ def write_report(
         facts: what was trained and on what, as name and value.
         machine: lines on hardware and versions.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figures = {
             "curves": _image(_curves(comparison)),
             "bars": _image(_bars(comparison)),
@@ -141,8 +142,8 @@ def _bars(comparison: Comparison) -> Figure:
 def _heat_maps(alignments: Sequence[Alignment]) -> Figure:
     columns = 3
     rows = -(-len(alignments) // columns)
-    figure = Figure(figsize=(9.5, 3.3 * rows), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06, hspace=0.08)
+    space = ConstrainedLayoutEngine(wspace=0.06, hspace=0.08)
+    figure = Figure(figsize=(9.5, 3.3 * rows), layout=space)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(alignments) :]:
         axis.set_visible(False)
