@@ -22,7 +22,7 @@ demo: $(VENV)/.package
 
 # Two workers of one thread each: torch's own threads on top of them would only wait for each other.
 test: $(VENV)/.package
-	$(PYTEST) -n 2 $(ARGS)
+	$(PYTEST) -n 2 --dist loadgroup $(ARGS)
 
 bench: $(VENV)/.package
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -47,11 +47,12 @@ wheel: $(VENV)/.package
 	  --no-build-isolation --no-deps --wheel-dir dist
 
 # The leak check is off because CPython and torch keep memory until the process ends, and libstdc++
-# is preloaded so that the sanitizer finds the C++ exception functions that it wraps.
+# is preloaded so that the sanitizer finds the C++ exception functions that it wraps. -s, because a
+# report that ends the process would be lost in pytest's capture.
 asan: $(VENV)/.package
 	SEQKERN_CUDA=0 SEQKERN_SANITIZE=address $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(PYTEST) -p no:cacheprovider -o pythonpath=$(ASAN) \
+	  ASAN_OPTIONS=detect_leaks=0 $(PYTEST) -s -p no:cacheprovider -o pythonpath=$(ASAN) \
 	  tests/test_fuzz.py $(ARGS)
 
 clean:
