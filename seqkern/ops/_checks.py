@@ -135,8 +135,12 @@ def check_weights(op: str, mode: str, x: Tensor, h0: Tensor, weights: list[Tenso
 
 def weight_names(op: str, mode: str, directions: int, count: int) -> list[str]:
     """The names of one direction's weights in a flat list of `count`, by torch.nn's order."""
-    per_direction, rest = divmod(count, directions)
-    if rest or per_direction not in (2, 3, 4, 5) or (per_direction % 2 and mode != "LSTM"):
+    per_direction = count // directions if directions in (1, 2) else 0
+    if (
+        per_direction * directions != count
+        or per_direction not in (2, 3, 4, 5)
+        or (per_direction % 2 and mode != "LSTM")
+    ):
         raise ValueError(
             f"{op}: weights must hold w_ih, w_hh[, b_ih, b_hh][, w_hr for LSTM] for each of the "
             f"{directions} direction(s) of h0, got {count} tensors for {mode}"
