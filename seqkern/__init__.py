@@ -9,10 +9,12 @@ from seqkern.ops.functional import lstm as lstm
 from seqkern.ops.functional import lstm_cell as lstm_cell
 from seqkern.ops.functional import rnn as rnn
 from seqkern.ops.functional import rnn_cell as rnn_cell
+from seqkern.stream import Stream as Stream
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Stream",
     "__version__",
     "convert",
     "explain",

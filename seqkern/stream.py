@@ -1,0 +1,160 @@
+"""Streaming: recurrent layers one time step at a time, in microseconds."""
+
+import importlib
+
+import torch
+from torch import Tensor
+from torch.nn import RNNBase
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _memory(t: Tensor):
+    """A NumPy view of a tensor's bytes, whatever its dtype."""
+    return t.view(torch.uint8).numpy()
+
+
+class Stream:
+    """A recurrent layer that holds its state and takes one time step per call.
+
+    For audio, control and reinforcement-learning loops, where a call of a layer costs more than
+    its arithmetic. The weights are packed once: a Stream is a snapshot, and a later change of the
+    layer's weights is not seen (make a new Stream). Dropout between layers is off, as in
+    evaluation. A step allocates nothing and passes no dispatcher.
+
+    Args:
+        layer: an LSTM, GRU or RNN of seqkern.nn or torch.nn, on the CPU, of any number of layers,
+            in one direction.
+        batch_size: B rows that step together; None for a single row without a batch dimension.
+
+    Raises:
+        TypeError: `layer` is not such a layer, or its dtype is not a floating-point one.
+        ValueError: it is bidirectional or not on the CPU, or `batch_size` is below 1.
+        ImportError: the C++ extension was not built.
+
+    Example:
+        >>> stream = Stream(seqkern.nn.GRU(64, 128))
+        >>> y = stream.step(np.zeros(64, dtype=np.float32))  # (128,)
+    """
+
+    def __init__(self, layer: RNNBase, batch_size: int | None = None) -> None:
+        if not isinstance(layer, RNNBase):
+            raise TypeError(
+                f"Stream: layer must be an LSTM, GRU or RNN, got {type(layer).__name__}"
+            )
+        if layer.bidirectional:
+            raise ValueError("Stream: layer must run in one direction, got a bidirectional one")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"Stream: batch_size must be at least 1, got {batch_size}")
+        weights = [[w.detach().contiguous() for w in layer] for layer in layer.all_weights]
+        first = weights[0][0]
+        if first.dtype not in _DTYPES:
+            raise TypeError(f"Stream: the layer's dtype must be floating-point, got {first.dtype}")
+        if first.device.type != "cpu":
+            raise ValueError(f"Stream: layer must be on the CPU, got {first.device}")
+        numpy = importlib.import_module("numpy")  # not needed by `import seqkern`
+        engine = _engine()
+        rows = 1 if batch_size is None else batch_size
+        outputs = layer.proj_size or layer.hidden_size
+        cells = layer.hidden_size if layer.mode == "LSTM" else 0
+        count = layer.num_layers
+        self._batched = batch_size is not None
+        self._array_type = numpy.ndarray
+        self._dtype = first.dtype
+        lead = (rows,) if self._batched else ()
+        self._shape = (*lead, layer.input_size)
+        self._h = torch.zeros(count, rows, outputs, dtype=first.dtype)
+        self._c = torch.zeros(count, rows, cells, dtype=first.dtype) if cells else None
+        y = torch.zeros(count, rows, outputs, dtype=first.dtype)
+        self._y = y[-1].view(*lead, outputs)
+        # NumPy has no bfloat16.
+        self._y_numpy = None if first.dtype == torch.bfloat16 else self._y.numpy()
+        self._numpy_dtype = None if self._y_numpy is None else self._y_numpy.dtype
+        self._engine = engine(
+            layer.mode, str(first.dtype).removeprefix("torch."), rows, layer.input_size,
+            layer.hidden_size, outputs, layer.bias, layer.proj_size > 0,
+            [[_memory(w) for w in each] for each in weights],
+            _memory(self._h), _memory(self._h.new_empty(0) if self._c is None else self._c), _memory(y),
+        )  # fmt: skip
+
+    def step(self, x):
+        """One time step.
+
+        Args:
+            x: (I,), or (B, I) with a batch size; contiguous, of the layer's dtype; a NumPy array
+                or a CPU tensor.
+
+        Returns:
+            The output of the last layer, (P,) or (B, P), of the kind that x is. It is the
+            stream's own memory, overwritten by the next step: copy what has to stay.
+
+        Raises:
+            TypeError: x is neither an array nor a tensor, or of another dtype.
+            ValueError: x has another shape, is not contiguous, or not on the CPU.
+        """
+        if isinstance(x, self._array_type):
+            if x.dtype == self._numpy_dtype and x.shape == self._shape and x.flags.c_contiguous:
+                self._engine.step(x)
+                return self._y_numpy
+        elif isinstance(x, Tensor) and (
+            x.dtype == self._dtype
+            and x.shape == self._shape
+            and x.is_contiguous()
+            and x.device.type == "cpu"
+        ):
+            self._engine.step_address(x.data_ptr())
+            return self._y
+        raise self._refusal(x)
+
+    def _refusal(self, x) -> Exception:
+        if not isinstance(x, (self._array_type, Tensor)):
+            return TypeError(f"Stream.step: x must be an array or tensor, got {type(x).__name__}")
+        expected = self._dtype if isinstance(x, Tensor) else self._numpy_dtype
+        if x.dtype != expected:
+            wanted = "a tensor (NumPy has no bfloat16)" if expected is None else expected
+            return TypeError(f"Stream.step: x must be {wanted}, got {x.dtype}")
+        if tuple(x.shape) != self._shape:
+            return ValueError(f"Stream.step: x must be {self._shape}, got {tuple(x.shape)}")
+        if isinstance(x, Tensor) and x.device.type != "cpu":
+            return ValueError(f"Stream.step: x must be on the CPU, got {x.device}")
+        return ValueError("Stream.step: x must be contiguous")
+
+    @property
+    def state(self) -> Tensor | tuple[Tensor, Tensor]:
+        """A copy of h (layers, P), or (layers, B, P) with a batch size; for LSTM of (h, c)."""
+        h = self._h if self._batched else self._h[:, 0]
+        if self._c is None:
+            return h.clone()
+        c = self._c if self._batched else self._c[:, 0]
+        return h.clone(), c.clone()
+
+    def reset(self, state: Tensor | tuple[Tensor, Tensor] | None = None) -> None:
+        """Begins a new sequence, from zeros or from a state as `state` returns it.
+
+        Raises:
+            TypeError: `state` is a tuple and the layer no LSTM, or the other way round.
+            ValueError: a tensor of it has the wrong shape.
+        """
+        own = [self._h] if self._c is None else [self._h, self._c]
+        if state is None:
+            for tensor in own:
+                tensor.zero_()
+            return
+        if isinstance(state, tuple) != (self._c is not None):
+            expected = "h" if self._c is None else "a tuple (h, c)"
+            raise TypeError(f"Stream.reset: state must be {expected}, got {type(state).__name__}")
+        given = state if isinstance(state, tuple) else (state,)
+        views = [t if self._batched else t[:, 0] for t in own]
+        for name, new, old in zip("hc", given, views, strict=False):
+            if new.shape != old.shape:
+                expected, came = tuple(old.shape), tuple(new.shape)
+                raise ValueError(f"Stream.reset: {name} must be {expected}, got {came}")
+        for new, old in zip(given, views, strict=True):
+            old.copy_(new)
+
+
+def _engine():
+    try:
+        return importlib.import_module("seqkern._stream").Engine
+    except ModuleNotFoundError as error:
+        raise ImportError(f"Stream needs seqkern's C++ extension: {error}") from error
