@@ -160,6 +160,8 @@ def check_recurrent_backward(
 ) -> None:
     """What the backward takes besides the forward's arguments: gradients and saved tensors.
 
+    Only those that the mode has: for the others, placeholders, anything will do.
+
     Raises:
         ValueError: a size, dtype or device does not match.
     """
@@ -167,16 +169,16 @@ def check_recurrent_backward(
     hidden = weights[0].size(0) // GATES[mode]
     rows = x.shape[:-1].numel()
     y_shape = (*x.shape[:-1], directions * outputs)
-    saved_gates = mode in ("LSTM", "GRU")
-    lstm = mode == "LSTM"
     expected = {
         "dy": (grads[0], y_shape),
         "dh_n": (grads[1], tuple(h0.shape)),
-        "dc_n": (grads[2], (directions, batch, hidden) if lstm else (0,)),
         "y": (saved[0], y_shape),
-        "gates": (saved[1], (directions, rows, 4 * hidden) if saved_gates else (0,)),
-        "cells": (saved[2], (directions, rows, hidden) if lstm else (0,)),
     }
+    if mode in ("LSTM", "GRU"):
+        expected["gates"] = (saved[1], (directions, rows, 4 * hidden))
+    if mode == "LSTM":
+        expected["cells"] = (saved[2], (directions, rows, hidden))
+        expected["dc_n"] = (grads[2], (directions, batch, hidden))
     for name, (t, shape) in expected.items():
         if t is not None:
             check_like(op, name, t, x)

@@ -200,7 +200,7 @@ def recurrent_backward(
     dy = torch.zeros_like(y) if dy is None else dy.reshape(n, directions * p)
 
     def of(d: int, t: Tensor | None, otherwise: Tensor) -> Tensor:
-        return otherwise if t is None or t.dim() == 1 else t[d].to(acc)
+        return otherwise if t is None else t[d].to(acc)
 
     dx, dh0, dc0, dweights = rows.new_zeros(()), [], [], []
     no_rows, no_batch = rows.new_empty(n, 0), rows.new_empty(batch, 0)
@@ -210,13 +210,13 @@ def recurrent_backward(
             h0[d].to(acc),
             c0_d,
             y[:, d * p : (d + 1) * p].to(acc),
-            of(d, gates, no_rows),
-            of(d, cells, no_rows),
+            of(d, gates if mode in ("LSTM", "GRU") else None, no_rows),
+            of(d, cells if c0 is not None else None, no_rows),
         )
         grads_d = (
             dy[:, d * p : (d + 1) * p].to(acc),
             of(d, dh_n, rows.new_zeros(batch, p)),
-            of(d, dc_n, torch.zeros_like(c0_d)),
+            of(d, dc_n if c0 is not None else None, torch.zeros_like(c0_d)),
         )
         dax, dah, h, m, dh, dh0_d, dc0_d = through_time(mode, w, sizes, d == 1, states, grads_d)
         dx = dx + dax @ w.w_ih
