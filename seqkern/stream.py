@@ -11,7 +11,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def _memory(t: Tensor):
     """A NumPy view of a tensor's bytes, whatever its dtype."""
-    return t.view(torch.uint8).numpy()
+    return t.flatten().view(torch.uint8).numpy()
 
 
 class Stream:
@@ -64,7 +64,8 @@ class Stream:
         lead = (rows,) if self._batched else ()
         self._shape = (*lead, layer.input_size)
         self._h = torch.zeros(count, rows, outputs, dtype=first.dtype)
-        self._c = torch.zeros(count, rows, cells, dtype=first.dtype) if cells else None
+        c = torch.zeros(count, rows, cells, dtype=first.dtype)
+        self._c = c if cells else None
         y = torch.zeros(count, rows, outputs, dtype=first.dtype)
         self._y = y[-1].view(*lead, outputs)
         # NumPy has no bfloat16.
@@ -74,7 +75,7 @@ class Stream:
             layer.mode, str(first.dtype).removeprefix("torch."), rows, layer.input_size,
             layer.hidden_size, outputs, layer.bias, layer.proj_size > 0,
             [[_memory(w) for w in each] for each in weights],
-            _memory(self._h), _memory(self._h.new_empty(0) if self._c is None else self._c), _memory(y),
+            _memory(self._h), _memory(c), _memory(y),
         )  # fmt: skip
 
     def step(self, x):

@@ -80,12 +80,12 @@ struct Backward {
   Rows x_rows;
   const void *h0, *c0;
   Weights w[kMaxDirections];
-  const void *y, *gates, *cells;     // of the forward
-  const void *dy, *dh_n, *dc_n;      // contiguous, or null for zero
-  void* dx;                          // x's shape, contiguous, or null when not needed
-  void* dx_reverse;                  // filled in by recurrent_backward
-  void *dh0, *dc0;                   // dc0 null when not LSTM
-  void* dw[kMaxDirections][5];       // w_ih, w_hh, b_ih, b_hh, w_hr; all null when not needed
+  const void *y, *gates, *cells;  // of the forward
+  const void *dy, *dh_n, *dc_n;   // contiguous, or null for zero
+  void* dx;                       // x's shape, contiguous, or null when not needed
+  void* dx_reverse;               // filled in by recurrent_backward
+  void *dh0, *dc0;                // dc0 null when not LSTM
+  void* dw[kMaxDirections][5];    // w_ih, w_hh, b_ih, b_hh, w_hr; all null when not needed
   int threads;
 };
 

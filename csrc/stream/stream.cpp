@@ -38,7 +38,8 @@ struct View {
   char* data() const { return static_cast<char*>(info.ptr); }
 };
 
-View view(const py::buffer& b, const std::string& name, int64_t elements, Type type, bool writable) {
+View view(const py::buffer& b, const std::string& name, int64_t elements, Type type,
+          bool writable) {
   View v{b.request(writable)};
   const int64_t bytes = elements * seqkern::size_of(type);
   if (v.info.size * v.info.itemsize != bytes)
@@ -73,7 +74,8 @@ class Engine {
     for (int64_t l = 0; l < layers; ++l) {
       const int64_t inputs = l == 0 ? input : output;
       seqkern::Forward f{};
-      f.shape = {m, type_, 1, batch, inputs, hidden, output, 1, bias, proj, nullptr, nullptr, batch};
+      f.shape = {m, type_, 1,    batch,   inputs,  hidden, output,
+                 1, bias,  proj, nullptr, nullptr, batch};
       add_layer(f, weights[size_t(l)], G);
       const int64_t state = l * batch * output * seqkern::size_of(type_);
       f.x = l == 0 ? nullptr : forwards_.back().y;
@@ -147,8 +149,8 @@ class Engine {
 PYBIND11_MODULE(_stream, m) {
   m.doc() = "One time step of recurrent layers on packed weights; see seqkern.Stream.";
   py::class_<Engine>(m, "Engine")
-      .def(py::init<const std::string&, const std::string&, int64_t, int64_t, int64_t, int64_t, bool,
-                    bool, const std::vector<std::vector<py::buffer>>&, const py::buffer&,
+      .def(py::init<const std::string&, const std::string&, int64_t, int64_t, int64_t, int64_t,
+                    bool, bool, const std::vector<std::vector<py::buffer>>&, const py::buffer&,
                     const py::buffer&, const py::buffer&>())
       .def("step", &Engine::step)
       .def("step_address", &Engine::step_address);

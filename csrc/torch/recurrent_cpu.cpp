@@ -341,8 +341,10 @@ Tensors recurrent_pack(Tensors weights, std::string mode, int64_t directions) {
   const size_t each = weights.size() / size_t(D);
   STD_TORCH_CHECK(each >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2,
                   "recurrent_pack: weights must begin with w_ih (G*H, I) and w_hh (G*H, P)");
-  const Tensor h0 = torch::stable::new_empty(weights[0], std::vector<int64_t>{D, 0, weights[1].size(1)});
-  const Tensor x = torch::stable::new_empty(weights[0], std::vector<int64_t>{1, 0, weights[0].size(1)});
+  const Tensor h0 =
+      torch::stable::new_empty(weights[0], std::vector<int64_t>{D, 0, weights[1].size(1)});
+  const Tensor x =
+      torch::stable::new_empty(weights[0], std::vector<int64_t>{1, 0, weights[0].size(1)});
   Optional c0;
   if (mode == "LSTM")
     c0 = torch::stable::new_empty(weights[0], std::vector<int64_t>{D, 0, weights[0].size(0) / 4});
@@ -353,7 +355,8 @@ Tensors recurrent_pack(Tensors weights, std::string mode, int64_t directions) {
   for (int64_t d = 0; d < D; ++d) {
     void* p[4];
     for (int i = 0; i < 4; ++i) {
-      packed.push_back(torch::stable::new_empty(x, std::vector<int64_t>{sizes[i]}, ScalarType::Byte));
+      packed.push_back(
+          torch::stable::new_empty(x, std::vector<int64_t>{sizes[i]}, ScalarType::Byte));
       p[i] = packed.back().mutable_data_ptr();
     }
     seqkern::pack_weights(call.shape, call.w[d], p[0], p[1], p[2], p[3]);

@@ -36,10 +36,10 @@ struct BackwardPass {
   const Range my_outputs, my_units;  // panels
   const RowShare share_rows;
   const bool need_w;
-  C *hh, *hh_n, *ih, *hr;                              // packed, as (k, n) matrices
-  C *dh, *dc, *dm, *dg[2], *dhp;                       // dhp: total gradient of h, with proj only
-  C *x_panels, *h_panels, *m_panels;                   // the chunk's inputs, to multiply dg with
-  C *dw_ih, *dw_hh, *dw_hr, *db;                       // sums over the chunks
+  C *hh, *hh_n, *ih, *hr;             // packed, as (k, n) matrices
+  C *dh, *dc, *dm, *dg[2], *dhp;      // dhp: total gradient of h, with proj only
+  C *x_panels, *h_panels, *m_panels;  // the chunk's inputs, to multiply dg with
+  C *dw_ih, *dw_hh, *dw_hr, *db;      // sums over the chunks
   C *a_tile, *dx_rows;
 
   // Long enough that reading and writing the sums of dW is repaid by the products.
@@ -166,9 +166,9 @@ struct BackwardPass {
 
   void add_product(int64_t n, const C* a, int64_t lda, const C* packed, int64_t k, Range panels,
                    C* out, int64_t ld) {
-    Product<C, C>::template gemm<C, Mode::rnn_tanh>(n, a, lda, {packed, nullptr, 0, k}, panels.begin, panels.end,
-                                  out + share_rows.first * ld, share_rows.stride * ld, Plain::ih,
-                                  nullptr, false);
+    Product<C, C>::template gemm<C, Mode::rnn_tanh>(
+        n, a, lda, {packed, nullptr, 0, k}, panels.begin, panels.end, out + share_rows.first * ld,
+        share_rows.stride * ld, Plain::ih, nullptr, false);
   }
 
   void step(int64_t t, C* now, C* total) {
@@ -182,7 +182,8 @@ struct BackwardPass {
       BackwardRow<S, C> p{};
       p.y = y + (row * s.D + d) * s.P;
       if (f.dy && !s.proj) p.dy = static_cast<const S*>(f.dy) + (row * s.D + d) * s.P;
-      if (saved_of(M)) p.gates = static_cast<const S*>(f.gates) + (d * s.N + row) * saved_of(M) * s.H;
+      if (saved_of(M))
+        p.gates = static_cast<const S*>(f.gates) + (d * s.N + row) * saved_of(M) * s.H;
       p.h_prev = b < carried ? y + ((s.offset(before) + b) * s.D + d) * s.P
                              : static_cast<const S*>(f.h0) + at * s.P;
       if (M == Mode::lstm) {
@@ -240,8 +241,9 @@ struct BackwardPass {
     for (int64_t r = mine.begin; r < mine.end; r += kTileRows) {
       const int64_t n = min_<int64_t>(kTileRows, mine.end - r);
       for (int64_t j = 0; j < n * ldi; j += L) store<C>(dx_rows + j, V<C>{});
-      Product<C, C>::template gemm<C, Mode::rnn_tanh>(n, gradients + r * ldg, ldg, {ih, nullptr, 0, GH}, 0, Ip,
-                                    dx_rows, ldi, Plain::ih, nullptr, false);
+      Product<C, C>::template gemm<C, Mode::rnn_tanh>(n, gradients + r * ldg, ldg,
+                                                      {ih, nullptr, 0, GH}, 0, Ip, dx_rows, ldi,
+                                                      Plain::ih, nullptr, false);
       for (int64_t q = 0; q < n; ++q)
         for (int64_t j = 0; j < s.I; j += L)
           store_n<C>(dx + (first + r + q) * s.I + j, load<C>(dx_rows + q * ldi + j), s.I - j);
@@ -256,8 +258,8 @@ struct BackwardPass {
       const int64_t carried = d == 0 ? (t > 0 ? s.B : 0) : (before < s.T ? s.rows(before) : 0);
       for (int64_t b = me.rank; b < s.rows(t); b += me.members) {
         const int64_t row = s.offset(t) + b, k = row - first;
-        const S* x_row = s.batch_sizes ? x + row * f.x_rows.row
-                                       : x + t * f.x_rows.step + b * f.x_rows.row;
+        const S* x_row =
+            s.batch_sizes ? x + row * f.x_rows.row : x + t * f.x_rows.step + b * f.x_rows.row;
         const S* h_row = b < carried ? y + ((s.offset(before) + b) * s.D + d) * s.P
                                      : static_cast<const S*>(f.h0) + (d * s.B + b) * s.P;
         spread(x_panels + k * W, x_row, s.I, rows);
@@ -268,7 +270,8 @@ struct BackwardPass {
   }
 
   static void spread(C* to, const S* from, int64_t n, int64_t rows) {
-    for (int64_t j = 0; j < n; j += W) copy_row<C>(to + j * rows, from + j, min_<int64_t>(W, n - j), W);
+    for (int64_t j = 0; j < n; j += W)
+      copy_row<C>(to + j * rows, from + j, min_<int64_t>(W, n - j), W);
   }
 
   void spread_m(C* to, int64_t at, int64_t rows) {  // m = o tanh(c)
@@ -363,7 +366,11 @@ struct Entry : ForwardEntry<S, C, C, M> {
       store_n<C>(a + i, load_n<C>(a + i, n - i) + load_n<C>(b + i, n - i), n - i);
   }
 
-  static constexpr Kernels kernels{Forwards::workspace, Forwards::run, Forwards::packed_sizes,
-                                   Forwards::pack,      workspace,     run,
+  static constexpr Kernels kernels{Forwards::workspace,
+                                   Forwards::run,
+                                   Forwards::packed_sizes,
+                                   Forwards::pack,
+                                   workspace,
+                                   run,
                                    add};
 };

@@ -100,8 +100,8 @@ struct Product<bf16, float> {
 #else
   struct PairDot {
     SK_INLINE V<float> apply(V<float> acc, V<float> a, V<float> b) {
-      return bit_cast<V<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(acc), bit_cast<__m512bh>(a),
-                                                 bit_cast<__m512bh>(b)));
+      return bit_cast<V<float> >(
+          _mm512_dpbf16_ps(bit_cast<__m512>(acc), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
     }
   };
 #endif
@@ -124,7 +124,8 @@ struct Product<bf16, float> {
       const int np = int(min_(at_once, p1 - p));
       const bf16* b = w.packed + p * size;
       if (!w.packed) {
-        for (int i = 0; i < np; ++i) pack_panel<S, M>(scratch + i * size, w.raw, w.rows, w.K, p + i);
+        for (int i = 0; i < np; ++i)
+          pack_panel<S, M>(scratch + i * size, w.raw, w.rows, w.K, p + i);
         b = scratch;
       }
       const int64_t at[2] = {column_of(columns, p), column_of(columns, p + np - 1)};
@@ -153,10 +154,9 @@ struct Product<bf16, float> {
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t r0 = t * m / tiles, rows = (t + 1) * m / tiles - r0;
         for (int i = 0; i < np; ++i)
-          tile_rows<float, false, PairDot>(int(rows), 1, pairs(w.K),
-                                           reinterpret_cast<const float*>(a + r0 * lda), lda / 2,
-                                           reinterpret_cast<const float*>(b + i * size), 0,
-                                           c + r0 * ldc, ldc, at + i);
+          tile_rows<float, false, PairDot>(
+              int(rows), 1, pairs(w.K), reinterpret_cast<const float*>(a + r0 * lda), lda / 2,
+              reinterpret_cast<const float*>(b + i * size), 0, c + r0 * ldc, ldc, at + i);
       }
 #endif
     }

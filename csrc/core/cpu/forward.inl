@@ -1,5 +1,5 @@
-// The forward of one direction: the input projection in chunks of steps that stay in the cache, then
-// step by step the recurrent product on top of the projection, and the cell on top of that.
+// The forward of one direction: the input projection in chunks of steps that stay in the cache,
+// then step by step the recurrent product on top of the projection, and the cell on top of that.
 
 // Hands out aligned pieces of a workspace; with a null base it only counts.
 struct Carver {
@@ -109,7 +109,8 @@ struct ForwardPass {
   template <Mode R>
   static void pack_range(A* dst, const void* w, int64_t rows, int64_t k, Range r) {
     for (int64_t p = r.begin; p < r.end; ++p)
-      Dot::template pack_panel<S, R>(dst + p * Dot::panel_size(k), static_cast<const S*>(w), rows, k, p);
+      Dot::template pack_panel<S, R>(dst + p * Dot::panel_size(k), static_cast<const S*>(w), rows,
+                                     k, p);
   }
 
   static void pack_bias(C* dst, const Weights& w, const Shape& s, Range r) {
@@ -192,9 +193,9 @@ struct ForwardPass {
       }
     }
     const bool ready = !pack || chunk_rows < s.N;
-    Dot::template gemm<S, M>(rows, x, ldx, {ready ? ih : nullptr, static_cast<const S*>(f.w[d].w_ih), s.H, s.I},
-                     mine.begin * K::group_panels, mine.end * K::group_panels, g, ldg, K::ih, panels,
-                     false);
+    Dot::template gemm<S, M>(
+        rows, x, ldx, {ready ? ih : nullptr, static_cast<const S*>(f.w[d].w_ih), s.H, s.I},
+        mine.begin * K::group_panels, mine.end * K::group_panels, g, ldg, K::ih, panels, false);
   }
 
   void step(int64_t i, C* gate_rows) {
@@ -203,9 +204,9 @@ struct ForwardPass {
     A* h = h_buffer[(i + 1) & 1] + share_rows.first * ldh;
     const bool ready = !pack || s.T > 1;
     Dot::template gemm<S, M>(n, h_prev, share_rows.stride * ldh,
-                     {ready ? hh : nullptr, static_cast<const S*>(f.w[d].w_hh), s.H, s.P},
-                     mine.begin * K::group_panels, mine.end * K::group_panels, gate_rows, ldg, K::hh,
-                     panels, i & 1);
+                             {ready ? hh : nullptr, static_cast<const S*>(f.w[d].w_hh), s.H, s.P},
+                             mine.begin * K::group_panels, mine.end * K::group_panels, gate_rows,
+                             ldg, K::hh, panels, i & 1);
     if (saved_of(M) && f.gates)
       cell_rows<true>(t, n, gate_rows, h_prev, h);
     else
@@ -241,10 +242,10 @@ struct ForwardPass {
     const int64_t from = my_outputs.begin * kPanel<C>, to = my_outputs.end * kPanel<C>;
     for (int64_t r = 0; r < n; ++r)
       for (int64_t j = from; j < to; j += L) store<C>(out + r * ldo + j, V<C>{});
-    Dot::template gemm<S, kPlain>(n, m + share_rows.first * ldm, share_rows.stride * ldm,
-                          {ready ? hr : nullptr, static_cast<const S*>(f.w[d].w_hr), s.P, s.H},
-                          my_outputs.begin, my_outputs.end, out, ldo, Cell<kPlain, C>::ih, panels,
-                          false);
+    Dot::template gemm<S, kPlain>(
+        n, m + share_rows.first * ldm, share_rows.stride * ldm,
+        {ready ? hr : nullptr, static_cast<const S*>(f.w[d].w_hr), s.P, s.H}, my_outputs.begin,
+        my_outputs.end, out, ldo, Cell<kPlain, C>::ih, panels, false);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t row = s.offset(t) + share_rows[r];
       S* y = static_cast<S*>(f.y) + (row * s.D + d) * s.P;

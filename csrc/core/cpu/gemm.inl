@@ -17,7 +17,8 @@ SK_INLINE int64_t column_of(const Columns& m, int64_t p) {
   return (p / m.panels) * m.width + m.at[p % m.panels];
 }
 
-// Which rows of a weight matrix make one vector of a panel: `count` rows from `first`, the rest zero.
+// Which rows of a weight matrix make one vector of a panel: `count` rows from `first`, the rest
+// zero.
 struct VectorRows {
   int64_t first, count;
 };
@@ -74,8 +75,8 @@ struct Matrix {
   int64_t K;
 };
 
-// Product<A, C>: operands of type A, sums of type C. They differ only where the processor multiplies
-// bf16 itself; that product is in bf16.inl.
+// Product<A, C>: operands of type A, sums of type C. They differ only where the processor
+// multiplies bf16 itself; that product is in bf16.inl.
 template <class A, class C>
 struct Product;
 
@@ -183,10 +184,13 @@ static void tile_rows(int rows, int panels, int64_t K, const C* a, int64_t lda, 
     constexpr int most = Transposed ? 1 : panels_for<R>();
     if (panels == 1) return tile<C, R, 1, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
     if constexpr (most >= 2)
-      if (panels == 2) return tile<C, R, 2, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
+      if (panels == 2)
+        return tile<C, R, 2, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
     if constexpr (most >= 3)
-      if (panels == 3) return tile<C, R, 3, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
-    if constexpr (most >= 4) tile<C, R, 4, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
+      if (panels == 3)
+        return tile<C, R, 3, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
+    if constexpr (most >= 4)
+      tile<C, R, 4, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
   }
 }
 
@@ -204,7 +208,8 @@ struct Product<C, C> {
   template <class S, Mode M>
   static void pack_panel(C* dst, const S* w, int64_t rows, int64_t K, int64_t panel) {
     constexpr int L = kLanes<C>;
-    const VectorRows vr[2] = {gate_rows<M>(2 * panel, rows, L), gate_rows<M>(2 * panel + 1, rows, L)};
+    const VectorRows vr[2] = {gate_rows<M>(2 * panel, rows, L),
+                              gate_rows<M>(2 * panel + 1, rows, L)};
     for (int64_t k = 0; k < K; k += L) {
       const int64_t n = min_<int64_t>(L, K - k);
       for (int half = 0; half < 2; ++half) {
@@ -212,13 +217,13 @@ struct Product<C, C> {
         C* out = dst + k * kPanel<C> + half * L;
         V<C> r[L];
         if (n == L && vr[half].count == L) {
-  #pragma GCC unroll 16
+#pragma GCC unroll 16
           for (int l = 0; l < L; ++l) {
             r[l] = load_as<C>(from + l * K);
             __builtin_prefetch(from + l * K + 2 * L);
           }
           transpose<C>(r);
-  #pragma GCC unroll 16
+#pragma GCC unroll 16
           for (int l = 0; l < L; ++l) store<C>(out + l * kPanel<C>, r[l]);
           continue;
         }
@@ -230,11 +235,12 @@ struct Product<C, C> {
   }
 
   // C[m rows][panels p0..p1 by `columns`] += A B. `scratch` holds panels_at_once(m) panels when the
-  // matrix is not packed. `backwards` walks the panels from the last: every second step of a sequence
-  // does, so that what the cache still holds of the weights is used first.
+  // matrix is not packed. `backwards` walks the panels from the last: every second step of a
+  // sequence does, so that what the cache still holds of the weights is used first.
   template <class S, Mode M>
-  static void gemm(int64_t m, const C* a, int64_t lda, const Matrix<S, C>& w, int64_t p0, int64_t p1,
-                   C* c, int64_t ldc, const Columns& columns, C* scratch, bool backwards) {
+  static void gemm(int64_t m, const C* a, int64_t lda, const Matrix<S, C>& w, int64_t p0,
+                   int64_t p1, C* c, int64_t ldc, const Columns& columns, C* scratch,
+                   bool backwards) {
     if (m <= 0 || p1 <= p0) return;
     const int at_once = panels_at_once(m);
     const int64_t size = panel_size(w.K);
@@ -253,8 +259,7 @@ struct Product<C, C> {
       // Tiles of nearly equal height: 16 rows are 8 + 8, not 12 + 4.
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t r0 = t * m / tiles, rows = (t + 1) * m / tiles - r0;
-        tile_rows<C, false>(int(rows), np, w.K, a + r0 * lda, lda, b, size, c + r0 * ldc, ldc,
-                            at);
+        tile_rows<C, false>(int(rows), np, w.K, a + r0 * lda, lda, b, size, c + r0 * ldc, ldc, at);
       }
     }
   }

@@ -9,7 +9,8 @@
 // The intrinsics of GCC 12 pass an undefined vector where a mask makes it unread.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512,amx-tile,amx-bf16")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512,amx-tile,amx-bf16")
 
 #define SK_VBYTES 64
 #define SK_ACC 24

@@ -28,11 +28,9 @@ namespace seqkern::avx512 {
 
 template <class S, class C, Mode M>
 constexpr Kernels kEntry = Entry<S, C, M>::kernels;
-#define SK_ROW(S, C)                                                   \
-  {                                                                    \
-    kEntry<S, C, Mode::lstm>, kEntry<S, C, Mode::gru>,                 \
-        kEntry<S, C, Mode::rnn_tanh>, kEntry<S, C, Mode::rnn_relu>     \
-  }
+#define SK_ROW(S, C)                                                                \
+  {kEntry<S, C, Mode::lstm>, kEntry<S, C, Mode::gru>, kEntry<S, C, Mode::rnn_tanh>, \
+   kEntry<S, C, Mode::rnn_relu>}
 static constexpr KernelTable kTable{
     {SK_ROW(float, float), SK_ROW(double, double), SK_ROW(bf16, float), SK_ROW(f16, float)}};
 }  // namespace seqkern::avx512

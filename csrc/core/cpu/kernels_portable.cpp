@@ -2,7 +2,6 @@
 #include "table.h"
 #include "types.h"
 
-
 #define SK_VBYTES 16
 #define SK_ACC 12
 
@@ -18,11 +17,9 @@ namespace seqkern::portable {
 
 template <class S, class C, Mode M>
 constexpr Kernels kEntry = Entry<S, C, M>::kernels;
-#define SK_ROW(S, C)                                                   \
-  {                                                                    \
-    kEntry<S, C, Mode::lstm>, kEntry<S, C, Mode::gru>,                 \
-        kEntry<S, C, Mode::rnn_tanh>, kEntry<S, C, Mode::rnn_relu>     \
-  }
+#define SK_ROW(S, C)                                                                \
+  {kEntry<S, C, Mode::lstm>, kEntry<S, C, Mode::gru>, kEntry<S, C, Mode::rnn_tanh>, \
+   kEntry<S, C, Mode::rnn_relu>}
 static constexpr KernelTable kTable{
     {SK_ROW(float, float), SK_ROW(double, double), SK_ROW(bf16, float), SK_ROW(f16, float)}};
 }  // namespace seqkern::portable

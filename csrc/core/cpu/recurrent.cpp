@@ -235,12 +235,14 @@ void set_cpu_capability(const char* name) {
   for (int c = 0; c < capabilities; ++c)
     if (std::strcmp(name, kNames[c]) == 0) {
       if (!available(c))
-        throw std::invalid_argument(std::string("set_cpu_capability: this processor has no ") + name);
+        throw std::invalid_argument(std::string("set_cpu_capability: this processor has no ") +
+                                    name);
       current() = c;
       return;
     }
   throw std::invalid_argument(
-      std::string("set_cpu_capability: expected portable, avx2, avx512, avx512_bf16 or amx, got ") + name);
+      std::string("set_cpu_capability: expected portable, avx2, avx512, avx512_bf16 or amx, got ") +
+      name);
 }
 
 }  // namespace seqkern

@@ -172,8 +172,8 @@ SK_INLINE void copy_row(D* dst, const S* src, int64_t n, int64_t padded) {
 }
 
 // ---- exp, sigmoid, tanh
-// exp(x) = 2^n (1 + p), x = n ln2 + r, |r| <= ln2/2, p = expm1(r) by a polynomial fitted at Chebyshev
-// nodes (relative error 2.5e-8 for float, 4.1e-17 for double, under half an ulp of each).
+// exp(x) = 2^n (1 + p), x = n ln2 + r, |r| <= ln2/2, p = expm1(r) by a polynomial fitted at
+// Chebyshev nodes (relative error 2.5e-8 for float, 4.1e-17 for double, under half an ulp of each).
 
 template <class C>
 struct ExpConstants;
@@ -193,11 +193,11 @@ struct ExpConstants<double> {
   static constexpr double shift = 0x1.8p52, low = -708.0, high = 709.0;
   static constexpr int mantissa = 52;
   static constexpr int64_t one = 0x3ff0000000000000;
-  static constexpr double q[] = {
-      0.500000000000000102,      0.166666666666666675,     0.0416666666666241279,
-      0.00833333333333006183,    0.00138888889172137169,   0.000198412698630536169,
-      0.0000248015212959543751,  2.75572684599970648e-6,   2.76200884454097481e-7,
-      2.51003854955103196e-8};
+  static constexpr double q[] = {0.500000000000000102,     0.166666666666666675,
+                                 0.0416666666666241279,    0.00833333333333006183,
+                                 0.00138888889172137169,   0.000198412698630536169,
+                                 0.0000248015212959543751, 2.75572684599970648e-6,
+                                 2.76200884454097481e-7,   2.51003854955103196e-8};
 };
 
 template <class C>

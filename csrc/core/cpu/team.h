@@ -9,8 +9,8 @@
 namespace seqkern {
 
 // Threads first take a direction each; inside a direction they split the rows (no waiting), or, for
-// few rows and large weights, the hidden units: each thread's weights then stay in its own cache and
-// the threads meet once a step.
+// few rows and large weights, the hidden units: each thread's weights then stay in its own cache
+// and the threads meet once a step.
 struct Split {
   int teams;    // directions that run side by side
   int members;  // threads of a team
