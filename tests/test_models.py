@@ -7,7 +7,14 @@ from torch.nn import functional as F
 from seqkern.models import RNNSearch, RNNSearchConfig
 
 SIZES = RNNSearchConfig(
-    source_symbols=11, target_symbols=9, embedding=5, hidden=7, attention=6, maxout=3, dropout=0.0
+    source_symbols=11,
+    target_symbols=9,
+    embedding=5,
+    hidden=14,
+    attention=6,
+    maxout=3,
+    encoder_layers=1,
+    dropout=0.0,
 )
 
 
@@ -36,7 +43,7 @@ def by_hand(model, x, y_previous):
         r, z = torch.sigmoid(ir + hr), torch.sigmoid(iz + hz)
         return (1 - z) * torch.tanh(i_n + r * hn) + z * h
 
-    H = model.config.hidden
+    H = model.config.hidden // 2
     annotations = {}
     for suffix, positions in (("_l0", range(len(x))), ("_l0_reverse", reversed(range(len(x))))):
         h = torch.zeros(H, dtype=torch.float64)
@@ -94,7 +101,7 @@ def test_both_layers_agree_forward_and_backward():
 def test_two_encoder_layers_agree_with_step(layers):
     """Decoding step by step gives the log probabilities of teacher forcing, and alignments."""
     model = RNNSearch(
-        RNNSearchConfig(11, 9, 5, 7, 6, 3, encoder_layers=2, dropout=0.3), layers
+        RNNSearchConfig(11, 9, 5, 14, 6, 3, encoder_layers=2, dropout=0.3), layers
     ).double()
     model.eval()
     x, lengths, y = batch()
@@ -148,6 +155,8 @@ def test_bad_sources_are_refused(x, lengths, message):
 def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
         RNNSearchConfig(11, 9, hidden=0)
+    with pytest.raises(ValueError, match="hidden must be even, half for each direction, got 7"):
+        RNNSearchConfig(11, 9, hidden=7)
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1"):
         RNNSearchConfig(11, 9, dropout=1)
     with pytest.raises(ValueError, match=r"layers must be one of .* got 'cudnn'"):

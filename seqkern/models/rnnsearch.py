@@ -12,9 +12,10 @@ Source x_1 .. x_Tx, target y_1 .. y_Ty, both sequences of symbols. In the paper'
     t_i  = [max(u_i,2k-1, u_i,2k)]_k            maxout over pairs of units                   (A.2.2)
     p(y_i | y_<i, x) = softmax(W_o t_i)                                                         (4)
 
-The numbers are the paper's equations and appendices. Two deliberate differences: the recurrent
-layers are PyTorch's reset-after GRU, and the read-out sees s_i as equation (4) says, where the
-appendix writes s_{i-1}.
+The numbers are the paper's equations and appendices. Deliberate differences: the recurrent layers
+are PyTorch's reset-after GRU, of which the encoder may have several; s_i has H units and each
+direction of the encoder H / 2, so h_j has H too; and the read-out sees s_i as equation (4) says,
+where the appendix writes s_{i-1}.
 
 What does not depend on s_{i-1} is computed outside the loop over i: U_a h_j once per source, and
 in training the whole read-out once for all steps.
@@ -45,14 +46,16 @@ class RNNSearchConfig:
     hidden: int = 128
     attention: int = 64
     maxout: int = 64
-    encoder_layers: int = 1
-    dropout: float = 0.1
+    encoder_layers: int = 2
+    dropout: float = 0.0
     pad: int = 0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name not in ("dropout", "pad") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.hidden % 2:
+            raise ValueError(f"hidden must be even, half for each direction, got {self.hidden}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -60,7 +63,7 @@ class RNNSearchConfig:
 class Memory(NamedTuple):
     """What the decoder reads of a source.
 
-    h: annotations (B, Tx, 2H); u_h: U_a h_j (B, Tx, A); padding: (B, Tx) bool, True past the end.
+    h: annotations (B, Tx, H); u_h: U_a h_j (B, Tx, A); padding: (B, Tx) bool, True past the end.
     """
 
     h: Tensor
@@ -93,7 +96,7 @@ class AdditiveAttention(nn.Module):
         nn.init.uniform_(self.v, -(size**-0.5), size**-0.5)
 
     def forward(self, s: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """s (B, K, H): K states per source, read together. Returns c (B, K, 2H), a (B, K, Tx)."""
+        """s (B, K, H): K states per source, read together. Returns c (B, K, H), a (B, K, Tx)."""
         # (B, K, 1, A) + (B, 1, Tx, A): the source is never copied K times
         e = torch.tanh(self.w(s).unsqueeze(2) + memory.u_h.unsqueeze(1)) @ self.v
         # every source has at least one symbol (encode checks it), so no row is all -inf
@@ -119,11 +122,13 @@ class RNNSearch(nn.Module):
         self.embed_x = nn.Embedding(config.source_symbols, D, padding_idx=config.pad)
         self.embed_y = nn.Embedding(config.target_symbols, D, padding_idx=config.pad)
         between = config.dropout if config.encoder_layers > 1 else 0.0
-        self.encoder = rnn.GRU(D, H, config.encoder_layers, bidirectional=True, dropout=between)
-        self.init_s = nn.Linear(H, H)
-        self.attention = AdditiveAttention(H, 2 * H, config.attention)
-        self.decoder = rnn.GRUCell(D + 2 * H, H)
-        self.readout = nn.Linear(H + D + 2 * H, 2 * config.maxout)  # [U_o V_o C_o]
+        self.encoder = rnn.GRU(
+            D, H // 2, config.encoder_layers, bidirectional=True, dropout=between
+        )
+        self.init_s = nn.Linear(H // 2, H)
+        self.attention = AdditiveAttention(H, H, config.attention)
+        self.decoder = rnn.GRUCell(D + H, H)
+        self.readout = nn.Linear(H + D + H, 2 * config.maxout)  # [U_o V_o C_o]
         self.output = nn.Linear(config.maxout, config.target_symbols)
         self.dropout = nn.Dropout(config.dropout)
 

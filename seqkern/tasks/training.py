@@ -28,7 +28,7 @@ class TrainOptions:
     order on another number of them. At the default sizes a second thread mostly waits.
     """
 
-    steps: int = 4500
+    steps: int = 3000
     batch_size: int = 128
     lr: float = 3e-3
     warmup: int = 200
