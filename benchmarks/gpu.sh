@@ -29,6 +29,10 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   DRY=1
 fi
 
+# The ninja of PYTHON: another version would compile everything anew, here and at the next make.
+PATH=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH
+export PATH
+
 # The compiled targets: this GPU's own, unless the caller chose.
 if [ "$DRY" = 0 ] && [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
   TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch
