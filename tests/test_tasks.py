@@ -357,7 +357,7 @@ def wait_for_step(run, process, step):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_process_resumes_to_the_same_losses(toy_file, tmp_path, how):
-    steps = 2 * SAVE_EVERY + 20
+    steps = SAVE_EVERY + 40
     run, command = write_command(tmp_path / "command.py", steps)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_step(run, process, SAVE_EVERY + 15)
