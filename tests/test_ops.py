@@ -151,12 +151,10 @@ def test_non_contiguous_inputs(case: OpCase) -> None:
     plain, odd = leaves(case, torch.float32), [strided(t) for t in case.tensors(torch.float32)]
     odd = [t.requires_grad_() for t in odd]
     out, odd_out = case.op(*plain), case.op(*odd)
-    for a, b in zip(out, odd_out, strict=True):
-        assert torch.equal(a, b)
+    torch.testing.assert_close(odd_out, out)
     gradients = torch.autograd.grad([t.sum() for t in out], plain)
     odd_gradients = torch.autograd.grad([t.sum() for t in odd_out], odd)
-    for a, b in zip(gradients, odd_gradients, strict=True):
-        assert torch.equal(a, b)
+    torch.testing.assert_close(odd_gradients, gradients)
 
 
 @every_case
@@ -202,12 +200,12 @@ def test_autocast(case: OpCase) -> None:
 
 
 @every_case
-def test_uninitialised_memory_is_not_read(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A result that is allocated and not written shows as NaN."""
+def test_uninitialised_memory_is_not_read(case: OpCase) -> None:
+    """PyTorch fills every empty tensor with NaN: one that is not written whole shows it."""
     inputs = leaves(case, torch.float32)
     torch.use_deterministic_algorithms(True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     try:
+        assert torch.empty(3).isnan().all()
         out = case.op(*inputs)
         gradients = torch.autograd.grad(out, inputs, cotangents(out, torch.float32))
     finally:
@@ -228,6 +226,6 @@ def test_compile(case: OpCase) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@every_case
-def test_fused_ops_have_both_directions(case: OpCase) -> None:
-    assert has_native_kernel("recurrent", "cpu") == has_native_kernel("recurrent_backward", "cpu")
+def test_a_fused_op_has_both_directions() -> None:
+    fused = {op: has_native_kernel(op, "cpu") for op in ("recurrent", "recurrent_backward")}
+    assert len(set(fused.values())) == 1, fused

@@ -13,6 +13,7 @@ from seqkern.ops import choice
 from seqkern.ops import recurrent as entry
 from seqkern.ops.choice import HandOver, Sizes, choose, has_native_kernel
 from seqkern.ops.recurrent import recurrent
+from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
 
 NATIVE = has_native_kernel("recurrent", "cpu")
@@ -69,6 +70,24 @@ def test_equals_torch(mode: str, proj: int, bidirectional: bool, bias: bool, rag
     expected = torch.autograd.grad(theirs, inputs, grads, retain_graph=True)
     actual = torch.autograd.grad(ours, inputs, grads)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@every_mode
+def test_the_reference_keeps_its_dtypes_under_autocast(mode: str) -> None:
+    """Autocast reaches into an op that is made of PyTorch operations."""
+    x, h0, c0, weights = layer_arguments(mode, 3, 2, 4, 17)
+    call = (x, None, h0, c0, weights)
+
+    def run() -> list[Tensor]:
+        y, h_n, _, gates, cells = reference.recurrent(*call, mode)
+        grads = (y, h_n, None)
+        dx, dh0, _, dweights = reference.recurrent_backward(grads, *call, (y, gates, cells), mode)
+        return [y, h_n, dx, dh0, *dweights]
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run()
+    assert all(torch.equal(a, b) for a, b in zip(inside, plain, strict=True))
 
 
 # ---- promises on bits ---------------------------------------------------------------------

@@ -27,6 +27,7 @@ Both functions use only differentiable operations and no in-place ones, so that 
 torch.func, can derive them again: this is how second derivatives are defined.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -62,6 +63,13 @@ def split_weights(weights: list[Tensor], directions: int, dtype: torch.dtype):
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def keep_dtypes(device: torch.device) -> AbstractContextManager:
+    """Products in the accumulation dtype also where autocast, which reaches into ops, is on."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class Rows:
@@ -138,26 +146,27 @@ def recurrent(
     sizes = step_sizes(x, batch_sizes)
     rows = x.reshape(sum(sizes), x.size(-1)).to(acc)
     ys, h_ns, c_ns, gates, cells = [], [], [], [], []
-    for d, w in enumerate(split_weights(weights, directions, acc)):
-        ax = linear(rows, w.w_ih, w.b_ih)
-        h = Rows(h0[d].to(acc))
-        c = Rows(h0.new_empty(batch, 0, dtype=acc) if c0 is None else c0[d].to(acc))
-        ms, cs, saved = [], [], []
-        for b, at in steps(sizes, backwards=d == 1):
-            ah = linear(h.resize(b), w.w_hh, w.b_hh)
-            m, c.alive, s = FORWARD[mode](ax[at], ah, h.alive, c.resize(b))
-            m = m.to(dtype)
-            if w.w_hr is not None:
-                m = linear(m.to(acc), w.w_hr, None).to(dtype)
-            h.alive = m.to(acc)
-            ms.append(m)
-            cs.append(c.alive)
-            saved.append(s)
-        ys.append(in_time_order(ms, d == 1))
-        h_ns.append(h.final().to(dtype))
-        c_ns.append(c.final().to(dtype))
-        cells.append(in_time_order(cs, d == 1).to(dtype))
-        gates.append(in_time_order(saved, d == 1).to(dtype))
+    with keep_dtypes(x.device):
+        for d, w in enumerate(split_weights(weights, directions, acc)):
+            ax = linear(rows, w.w_ih, w.b_ih)
+            h = Rows(h0[d].to(acc))
+            c = Rows(h0.new_empty(batch, 0, dtype=acc) if c0 is None else c0[d].to(acc))
+            ms, cs, saved = [], [], []
+            for b, at in steps(sizes, backwards=d == 1):
+                ah = linear(h.resize(b), w.w_hh, w.b_hh)
+                m, c.alive, s = FORWARD[mode](ax[at], ah, h.alive, c.resize(b))
+                m = m.to(dtype)
+                if w.w_hr is not None:
+                    m = linear(m.to(acc), w.w_hr, None).to(dtype)
+                h.alive = m.to(acc)
+                ms.append(m)
+                cs.append(c.alive)
+                saved.append(s)
+            ys.append(in_time_order(ms, d == 1))
+            h_ns.append(h.final().to(dtype))
+            c_ns.append(c.final().to(dtype))
+            cells.append(in_time_order(cs, d == 1).to(dtype))
+            gates.append(in_time_order(saved, d == 1).to(dtype))
     y = torch.cat(ys, -1).view(*x.shape[:-1], directions * h0.size(2))
     has_cells, has_gates = mode == "LSTM", mode in ("LSTM", "GRU")
     return (
@@ -204,27 +213,28 @@ def recurrent_backward(
 
     dx, dh0, dc0, dweights = rows.new_zeros(()), [], [], []
     no_rows, no_batch = rows.new_empty(n, 0), rows.new_empty(batch, 0)
-    for d, w in enumerate(split_weights(weights, directions, acc)):
-        c0_d = of(d, c0, no_batch)
-        states = States(
-            h0[d].to(acc),
-            c0_d,
-            y[:, d * p : (d + 1) * p].to(acc),
-            of(d, gates if mode in ("LSTM", "GRU") else None, no_rows),
-            of(d, cells if c0 is not None else None, no_rows),
-        )
-        grads_d = (
-            dy[:, d * p : (d + 1) * p].to(acc),
-            of(d, dh_n, rows.new_zeros(batch, p)),
-            of(d, dc_n if c0 is not None else None, torch.zeros_like(c0_d)),
-        )
-        dax, dah, h, m, dh, dh0_d, dc0_d = through_time(mode, w, sizes, d == 1, states, grads_d)
-        dx = dx + dax @ w.w_ih
-        dh0.append(dh0_d)
-        dc0.append(dc0_d)
-        dweights += [dax.t() @ rows, dah.t() @ h]
-        dweights += [] if w.b_ih is None else [dax.sum(0), dah.sum(0)]
-        dweights += [] if w.w_hr is None else [dh.t() @ m.to(dtype).to(acc)]
+    with keep_dtypes(x.device):
+        for d, w in enumerate(split_weights(weights, directions, acc)):
+            c0_d = of(d, c0, no_batch)
+            states = States(
+                h0[d].to(acc),
+                c0_d,
+                y[:, d * p : (d + 1) * p].to(acc),
+                of(d, gates if mode in ("LSTM", "GRU") else None, no_rows),
+                of(d, cells if c0 is not None else None, no_rows),
+            )
+            grads_d = (
+                dy[:, d * p : (d + 1) * p].to(acc),
+                of(d, dh_n, rows.new_zeros(batch, p)),
+                of(d, dc_n if c0 is not None else None, torch.zeros_like(c0_d)),
+            )
+            dax, dah, h, m, dh, dh0_d, dc0_d = through_time(mode, w, sizes, d == 1, states, grads_d)
+            dx = dx + dax @ w.w_ih
+            dh0.append(dh0_d)
+            dc0.append(dc0_d)
+            dweights += [dax.t() @ rows, dah.t() @ h]
+            dweights += [] if w.b_ih is None else [dax.sum(0), dah.sum(0)]
+            dweights += [] if w.w_hr is None else [dh.t() @ m.to(dtype).to(acc)]
     return (
         dx.to(dtype).view(x.shape),
         torch.stack(dh0).to(dtype),
