@@ -140,3 +140,7 @@ def test_demo(call, data, tmp_path):
     for name in ("torch", "seqkern"):
         assert len(log_path(out / name).read_text().splitlines()) == 60
         assert "sequence error rate" in call("evaluate", checkpoint_path(out / name))
+    (out / "torch" / "kept.txt").write_text("of the user")
+    call("demo", "--data", data, "--out", out, *options, "--steps", 1)
+    assert (out / "torch" / "kept.txt").exists()
+    assert "beam must be at least 1, got 0" in call("demo", "--beam", 0, status=2)

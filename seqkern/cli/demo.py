@@ -39,6 +39,8 @@ def demo(
     started = time.perf_counter()
     console = Console()
     with user_errors():
+        if beam < 1:
+            raise ValueError(f"beam must be at least 1, got {beam}")
         task = Task(data, seed=seed)
         split = task.load()
         options = TrainOptions(steps=steps, batch_size=batch_size, seed=seed, threads=threads)

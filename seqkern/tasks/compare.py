@@ -7,7 +7,6 @@ rate is the median over the blocks.
 from __future__ import annotations
 
 import random
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from seqkern.tasks.data import Split, references
 from seqkern.tasks.metrics import ErrorRates, error_rates
 from seqkern.tasks.predictor import Predictor
-from seqkern.tasks.run import StopRequest, read_log, run_steps, start_log
+from seqkern.tasks.run import StopRequest, checkpoint_path, read_log, run_steps, start_log
 from seqkern.tasks.training import Trainer
 
 RUNS = ("torch", "seqkern")
@@ -66,11 +65,11 @@ def train_in_turns(
 ) -> dict[str, float]:
     """Trains all to their end, or until asked to stop; returns each one's words/s.
 
-    Logs and checkpoints go to folder/NAME; what an earlier comparison left there is removed.
+    Logs and checkpoints go to folder/NAME; those of an earlier comparison are removed.
     """
     for name, trainer in trainers.items():
-        shutil.rmtree(folder / name, ignore_errors=True)
         start_log(folder / name, trainer.step)
+        checkpoint_path(folder / name).unlink(missing_ok=True)
     rates: dict[str, list[float]] = {name: [] for name in trainers}
     names = list(trainers)
     while not stop and not all(trainer.finished for trainer in trainers.values()):
