@@ -16,6 +16,8 @@ from benchmarks import onnx_graph
 from benchmarks.cells import Cell
 
 Outputs = dict[str, torch.Tensor]
+# A session of ONNX Runtime holds its weights packed; against it stands a layer that does too.
+PREPACKED = "seqkern prepacked"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def module_contestant(
     module = torch_module(cell, namespace)
     module.load_state_dict(problem.module.state_dict())
     module.to(dtype)
+    if name == PREPACKED:
+        module.prepack()
     x, dy = problem.x.to(dtype), problem.dy.to(dtype)
     if cell.kind == "training":
         return _training(name, module, x, dy, problem.batch_sizes)
@@ -224,6 +228,8 @@ def contestants(cell: Cell, problem: Problem, peers: tuple[str, ...]) -> list[Co
             entries.append(module_contestant("torch", cell, problem, torch.nn, dtype))
         elif peer == "onnxruntime":
             entries.append(onnx_contestant(cell, problem))
+            if cell.kind == "inference":
+                entries.append(module_contestant(PREPACKED, cell, problem, seqkern.nn, dtype))
         else:
             raise ValueError(f"peers must be torch or onnxruntime, got {peer!r}")
     return entries

@@ -174,7 +174,10 @@ def recurrent(
         if _is_any_autocast_enabled():
             x, h0, c0, weights = _autocast(x, h0, c0, weights)
         grad = needs_grad(x, h0, c0, weights)
-        if ONEDNN and _choice(mode, x, batch_sizes, h0, c0, weights, grad).kernel == "onednn":
+        # A glance first: weighing the shape in every call would cost a single step too much.
+        if any(row.dtype == x.dtype and row.grad == grad for row in ONEDNN) and (
+            _choice(mode, x, batch_sizes, h0, c0, weights, grad).kernel == "onednn"
+        ):
             return _onednn(x, h0, c0, weights, grad)
         if grad:
             y, h_n, c_n, _, _ = _recorded()(x, batch_sizes, h0, c0, weights, mode)
