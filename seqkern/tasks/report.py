@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 
 from seqkern.tasks.checkpoint import write_atomically
 from seqkern.tasks.compare import Comparison, Result
@@ -109,8 +109,9 @@ def _curves(comparison: Comparison) -> Figure:
         whole.plot(*_smooth(run.losses, 40), **look)
         first.plot(np.arange(1, len(run.losses[:50]) + 1), run.losses[:50], **look)
     whole.set(xlabel="step", ylabel="loss, nats per phoneme", yscale="log")
+    whole.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     whole.yaxis.set_major_formatter("{x:g}")
-    whole.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    whole.yaxis.set_minor_formatter("")
     whole.set_title("training loss, mean of 40 steps", loc="left")
     first.set(xlabel="step")
     first.set_title("the first 50 losses", loc="left")
