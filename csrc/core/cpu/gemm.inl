@@ -117,7 +117,8 @@ static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_s
     for (int v = 0; v < 2 * NP; ++v) {
       const C* from = b + (v / 2) * panel_stride + k * W + (v % 2) * L;
       bv[v] = load<C>(from);
-      __builtin_prefetch(from + 12 * W);
+      // One to three rows are bound by the loads themselves, of which a prefetch is one more.
+      if (R > 3) __builtin_prefetch(from + 12 * W);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
