@@ -145,7 +145,7 @@ def _step(name: str, module: torch.nn.Module, x: torch.Tensor) -> Contestant:
 
 def _steps(run: Callable[[], object], count: int = 4) -> Outputs:
     """The outputs of the first steps; called on a fresh contestant, whose state is zero."""
-    return {f"y{t}": torch.as_tensor(np.array(run())).reshape(-1) for t in range(count)}
+    return {f"y{t}": torch.as_tensor(run()).clone().reshape(-1) for t in range(count)}
 
 
 def stream_contestant(cell: Cell, problem: Problem) -> Contestant:

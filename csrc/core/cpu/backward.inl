@@ -26,6 +26,7 @@ struct BackwardPass {
   using Plain = Cell<Mode::rnn_tanh, C>;
   static constexpr int L = kLanes<C>, W = kPanel<C>;
   static constexpr bool kGru = M == Mode::gru;
+  static constexpr int64_t kDxRows = 96;  // rows of dx computed at once
 
   const Backward& f;
   const Shape& s;
@@ -36,11 +37,16 @@ struct BackwardPass {
   const Range my_outputs, my_units;  // panels
   const RowShare share_rows;
   const bool need_w;
+  // W_hh is packed when several steps read it, W_ih when many rows do; else panels just before use.
+  const bool pack_hh, pack_ih;
+  // Where dW is summed: in the result itself when whole panels fit its rows, else in a workspace.
+  const bool direct_i, direct_p;
+  const int64_t ldw_i, ldw_p;
   C *hh, *hh_n, *ih, *hr;             // packed, as (k, n) matrices
   C *dh, *dc, *dm, *dg[2], *dhp;      // dhp: total gradient of h, with proj only
   C *x_panels, *h_panels, *m_panels;  // the chunk's inputs, to multiply dg with
   C *dw_ih, *dw_hh, *dw_hr, *db;      // sums over the chunks
-  C *a_tile, *dx_rows;
+  C *a_tile, *dx_rows, *panels;
 
   // Long enough that reading and writing the sums of dW is repaid by the products.
   static int64_t rows_per_chunk(const Shape& s) {
@@ -66,12 +72,18 @@ struct BackwardPass {
         my_outputs(me_.units ? share_of(Pp, me_) : Range{0, Pp}),
         my_units(me_.units ? share_of(Hp, me_) : Range{0, Hp}),
         share_rows(me_.units ? RowShare{0, 1} : RowShare{me_.rank, me_.members}),
-        need_w(f_.dw[0][0] != nullptr) {}
+        need_w(f_.dw[0][0] != nullptr),
+        pack_hh(s.T > 1),
+        pack_ih(s.N > kDxRows),
+        direct_i(sizeof(S) == sizeof(C) && s.I % W == 0),
+        direct_p(sizeof(S) == sizeof(C) && s.P % W == 0),
+        ldw_i(direct_i ? s.I : ldi),
+        ldw_p(direct_p ? s.P : ldp) {}
 
   void carve(Carver shared, Carver own, Workspace* count) {
-    hh = shared.take<C>(Pp * W * (kGru ? 2 * s.H : GH));
-    hh_n = shared.take<C>(kGru ? Pp * W * s.H : 0);
-    ih = shared.take<C>(f.dx ? Ip * W * GH : 0);
+    hh = shared.take<C>(pack_hh ? Pp * W * (kGru ? 2 * s.H : GH) : 0);
+    hh_n = shared.take<C>(pack_hh && kGru ? Pp * W * s.H : 0);
+    ih = shared.take<C>(f.dx && pack_ih ? Ip * W * GH : 0);
     hr = shared.take<C>(s.proj ? Hp * W * s.P : 0);
     dh = shared.take<C>(s.B * ldp);
     dc = shared.take<C>(M == Mode::lstm ? s.B * ldh : 0);
@@ -81,12 +93,15 @@ struct BackwardPass {
     x_panels = shared.take<C>(need_w ? Ip * W * chunk_rows : 0);
     h_panels = shared.take<C>(need_w ? Pp * W * chunk_rows : 0);
     m_panels = shared.take<C>(need_w && s.proj ? Hp * W * chunk_rows : 0);
-    dw_ih = shared.take<C>(need_w ? GH * ldi : 0);
-    dw_hh = shared.take<C>(need_w ? GH * ldp : 0);
+    dw_ih = shared.take<C>(need_w && !direct_i ? GH * ldi : 0);
+    dw_hh = shared.take<C>(need_w && !direct_p ? GH * ldp : 0);
+    if (direct_i) dw_ih = static_cast<C*>(f.dw[d][0]);
+    if (direct_p) dw_hh = static_cast<C*>(f.dw[d][1]);
     dw_hr = shared.take<C>(need_w && s.proj ? s.P * ldh : 0);
     db = shared.take<C>(need_w ? ldg : 0);
     a_tile = own.take<C>(need_w ? chunk_rows * kTileRows : 0);
-    dx_rows = own.take<C>(f.dx ? kTileRows * ldi : 0);
+    dx_rows = own.take<C>(f.dx ? kDxRows * ldi : 0);
+    panels = own.take<C>(4 * W * GH);
     if (count) *count = {shared.used, own.used};
   }
 
@@ -117,7 +132,7 @@ struct BackwardPass {
         dg_prev = now, n_prev = s.rows(t);
       }
       me.wait();
-      finish_chunk(t0, t1, first, rows, gradients);
+      finish_chunk(t0, t1, first, rows, gradients, chunk == 0);
     }
     recur(dg_prev, n_prev);
     me.wait();
@@ -133,9 +148,9 @@ struct BackwardPass {
 
   void prepare() {
     const Weights& w = f.w[d];
-    pack_natural(hh, w.w_hh, 0, kGru ? 2 * s.H : GH, s.P, share_of(Pp, me));
-    if (kGru) pack_natural(hh_n, w.w_hh, 2 * s.H, s.H, s.P, share_of(Pp, me));
-    if (f.dx) pack_natural(ih, w.w_ih, 0, GH, s.I, share_of(Ip, me));
+    if (pack_hh) pack_natural(hh, w.w_hh, 0, kGru ? 2 * s.H : GH, s.P, share_of(Pp, me));
+    if (pack_hh && kGru) pack_natural(hh_n, w.w_hh, 2 * s.H, s.H, s.P, share_of(Pp, me));
+    if (f.dx && pack_ih) pack_natural(ih, w.w_ih, 0, GH, s.I, share_of(Ip, me));
     if (s.proj) pack_natural(hr, w.w_hr, 0, s.P, s.H, share_of(Hp, me));
     const S *dh_n = static_cast<const S*>(f.dh_n), *dc_n = static_cast<const S*>(f.dc_n);
     for (int64_t b = me.rank; b < s.B; b += me.members) {
@@ -144,8 +159,7 @@ struct BackwardPass {
       if (M == Mode::lstm) copy_row<C>(dc + b * ldh, dc_n + at * s.H, dc_n ? s.H : 0, ldh);
     }
     if (need_w) {
-      zero(dw_ih, GH * ldi), zero(dw_hh, GH * ldp), zero(db, ldg);
-      if (s.proj) zero(dw_hr, s.P * ldh);
+      zero(db, ldg);
     }
     me.wait();
   }
@@ -160,15 +174,19 @@ struct BackwardPass {
     if (!dg_prev) return;
     const int64_t n = share_rows.of(n_prev), lda = share_rows.stride * ldg;
     const C* a = dg_prev + share_rows.first * ldg;
-    add_product(n, a, lda, hh, kGru ? 2 * s.H : GH, my_outputs, dh, ldp);
-    if (kGru) add_product(n, a + 3 * s.H, lda, hh_n, s.H, my_outputs, dh, ldp);
+    const S* w = static_cast<const S*>(f.w[d].w_hh);
+    const int64_t k = kGru ? 2 * s.H : GH;
+    add_product(n, a, lda, {pack_hh ? hh : nullptr, w, 0, k, s.P}, my_outputs, dh, ldp);
+    if (kGru)
+      add_product(n, a + 3 * s.H, lda, {pack_hh ? hh_n : nullptr, w + k * s.P, 0, s.H, s.P},
+                  my_outputs, dh, ldp);
   }
 
-  void add_product(int64_t n, const C* a, int64_t lda, const C* packed, int64_t k, Range panels,
-                   C* out, int64_t ld) {
-    Product<C, C>::template gemm<C, Mode::rnn_tanh>(
-        n, a, lda, {packed, nullptr, 0, k}, panels.begin, panels.end, out + share_rows.first * ld,
-        share_rows.stride * ld, Plain::ih, nullptr, false);
+  void add_product(int64_t n, const C* a, int64_t lda, const Matrix<S, C>& w, Range range, C* out,
+                   int64_t ld) {
+    Product<C, C>::template gemm<S, Mode::rnn_tanh>(
+        n, a, lda, w, range.begin, range.end, out + share_rows.first * ld, share_rows.stride * ld,
+        Plain::ih, panels, false);
   }
 
   void step(int64_t t, C* now, C* total) {
@@ -213,13 +231,15 @@ struct BackwardPass {
         store<C>(dm + b * ldh + j, V<C>{});
     }
     if (me.units) me.wait();
-    add_product(n, total + share_rows.first * ldp, share_rows.stride * ldp, hr, s.P, my_units, dm,
-                ldh);
+    add_product(n, total + share_rows.first * ldp, share_rows.stride * ldp, {hr, nullptr, 0, s.P},
+                my_units, dm, ldh);
   }
 
   // ---- the products over all rows of a chunk, steps [t0, t1)
 
-  void finish_chunk(int64_t t0, int64_t t1, int64_t first, int64_t rows, const C* gradients) {
+  // `fresh`: the first chunk, whose products begin the sums of dW.
+  void finish_chunk(int64_t t0, int64_t t1, int64_t first, int64_t rows, const C* gradients,
+                    bool fresh) {
     if (f.dx) input_gradient(t0, t1, first, gradients);
     if (!need_w) return;
     fill_panels(t0, t1, first, rows);
@@ -227,9 +247,10 @@ struct BackwardPass {
     GradColumns run[3];
     for (int i = 0, runs = grad_columns<M>(s.H, run); i < runs; ++i)
       weight_gradient(gradients, ldg, run[i].begin, run[i].end, rows,
-                      run[i].ih_row < 0 ? nullptr : dw_ih + run[i].ih_row * ldi,
-                      run[i].hh_row < 0 ? nullptr : dw_hh + run[i].hh_row * ldp, db + run[i].begin);
-    if (s.proj) weight_gradient(dhp, ldp, 0, s.P, rows, nullptr, nullptr, nullptr);
+                      run[i].ih_row < 0 ? nullptr : dw_ih + run[i].ih_row * ldw_i,
+                      run[i].hh_row < 0 ? nullptr : dw_hh + run[i].hh_row * ldw_p,
+                      db + run[i].begin, fresh);
+    if (s.proj) weight_gradient(dhp, ldp, 0, s.P, rows, nullptr, nullptr, nullptr, fresh);
     if (s.proj) me.wait();  // dhp has one buffer only
   }
 
@@ -238,12 +259,12 @@ struct BackwardPass {
     S* dx = static_cast<S*>(d == 0 ? f.dx : f.dx_reverse);
     const int64_t total = s.offset(t1 - 1) + s.rows(t1 - 1) - s.offset(t0);
     const Range mine = share_of(total, me);
-    for (int64_t r = mine.begin; r < mine.end; r += kTileRows) {
-      const int64_t n = min_<int64_t>(kTileRows, mine.end - r);
+    const Matrix<S, C> w{pack_ih ? ih : nullptr, static_cast<const S*>(f.w[d].w_ih), 0, GH, s.I};
+    for (int64_t r = mine.begin; r < mine.end; r += kDxRows) {
+      const int64_t n = min_(kDxRows, mine.end - r);
       for (int64_t j = 0; j < n * ldi; j += L) store<C>(dx_rows + j, V<C>{});
-      Product<C, C>::template gemm<C, Mode::rnn_tanh>(n, gradients + r * ldg, ldg,
-                                                      {ih, nullptr, 0, GH}, 0, Ip, dx_rows, ldi,
-                                                      Plain::ih, nullptr, false);
+      Product<C, C>::template gemm<S, Mode::rnn_tanh>(n, gradients + r * ldg, ldg, w, 0, Ip,
+                                                      dx_rows, ldi, Plain::ih, panels, false);
       for (int64_t q = 0; q < n; ++q)
         for (int64_t j = 0; j < s.I; j += L)
           store_n<C>(dx + (first + r + q) * s.I + j, load<C>(dx_rows + q * ldi + j), s.I - j);
@@ -285,7 +306,7 @@ struct BackwardPass {
   // Columns [begin, end) of `a` (rows, lda), transposed, times x and h of the chunk, added to the
   // sums; with neither sum, times m into dw_hr. Also the column sums, for the biases.
   void weight_gradient(const C* a, int64_t lda, int64_t begin, int64_t end, int64_t rows, C* to_ih,
-                       C* to_hh, C* sums) {
+                       C* to_hh, C* sums, bool fresh) {
     const Range tiles = share_of(ceil_div(end - begin, kTileRows), me);
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
       const int64_t j = tile * kTileRows;
@@ -294,29 +315,33 @@ struct BackwardPass {
         take_columns<kTileRows>(a + begin + j, lda, rows, n, sums ? sums + j : nullptr);
       else
         take_columns<0>(a + begin + j, lda, rows, n, sums ? sums + j : nullptr);
-      if (to_ih) multiply(n, rows, x_panels, Ip, to_ih + j * ldi, ldi);
-      if (to_hh) multiply(n, rows, h_panels, Pp, to_hh + j * ldp, ldp);
-      if (!to_ih && !to_hh) multiply(n, rows, m_panels, Hp, dw_hr + j * ldh, ldh);
+      if (to_ih) multiply(n, rows, x_panels, Ip, to_ih + j * ldw_i, ldw_i, fresh);
+      if (to_hh) multiply(n, rows, h_panels, Pp, to_hh + j * ldw_p, ldw_p, fresh);
+      if (!to_ih && !to_hh) multiply(n, rows, m_panels, Hp, dw_hr + j * ldh, ldh, fresh);
     }
   }
 
   template <int Fixed>
   void take_columns(const C* a, int64_t lda, int64_t rows, int some, C* sums) {
     const int n = Fixed ? Fixed : some;
-    C sum[kTileRows] = {};
-    for (int64_t k = 0; k < rows; ++k)
-      for (int r = 0; r < n; ++r) {
-        const C v = a[k * lda + r];
-        a_tile[k * n + r] = v;
-        sum[r] += v;
-      }
-    for (int r = 0; sums && r < n; ++r) sums[r] += sum[r];
+    C total[kTileRows] = {};
+    for (int64_t k0 = 0; k0 < rows; k0 += 32) {  // blocks, as in the products
+      C sum[kTileRows] = {};
+      for (int64_t k = k0; k < min_<int64_t>(k0 + 32, rows); ++k)
+        for (int r = 0; r < n; ++r) {
+          const C v = a[k * lda + r];
+          a_tile[k * n + r] = v;
+          sum[r] += v;
+        }
+      for (int r = 0; r < n; ++r) total[r] += sum[r];
+    }
+    for (int r = 0; sums && r < n; ++r) sums[r] += total[r];
   }
 
-  void multiply(int n, int64_t rows, const C* panels, int64_t count, C* out, int64_t ld) {
+  void multiply(int n, int64_t rows, const C* of, int64_t count, C* out, int64_t ld, bool fresh) {
     const int64_t at[1] = {0};
     for (int64_t p = 0; p < count; ++p)
-      tile_rows<C, true>(n, 1, rows, a_tile, n, panels + p * W * rows, 0, out + p * W, ld, at);
+      tile_rows<C, true>(n, 1, rows, a_tile, n, of + p * W * rows, 0, out + p * W, ld, at, fresh);
   }
 
   // ---- results
@@ -328,8 +353,8 @@ struct BackwardPass {
       if (M == Mode::lstm) write_row(static_cast<S*>(f.dc0) + at * s.H, dc + b * ldh, s.H);
     }
     if (!need_w) return;
-    write_matrix(f.dw[d][0], dw_ih, GH, s.I, ldi);
-    write_matrix(f.dw[d][1], dw_hh, GH, s.P, ldp);
+    if (!direct_i) write_matrix(f.dw[d][0], dw_ih, GH, s.I, ldi);
+    if (!direct_p) write_matrix(f.dw[d][1], dw_hh, GH, s.P, ldp);
     if (s.proj) write_matrix(f.dw[d][4], dw_hr, s.P, s.H, ldh);
     if (!s.bias || me.rank != 0) return;
     GradColumns run[3];

@@ -73,12 +73,8 @@ struct Matrix {
   const S* raw;
   int64_t rows;  // of `raw`: hidden units for gate rows, else all of them
   int64_t K;
+  int64_t columns = 0;  // not 0: `raw` is (K, columns), its rows are k, not the columns of B
 };
-
-// Product<A, C>: operands of type A, sums of type C. They differ only where the processor
-// multiplies bf16 itself; that product is in bf16.inl.
-template <class A, class C>
-struct Product;
 
 // Panel of a matrix whose rows are already k: columns [panel * width, ...) of (K, N).
 template <class C, class S>
@@ -86,6 +82,11 @@ static void pack_columns(C* dst, const S* w, int64_t ld, int64_t K, int64_t N, i
   const int64_t at = panel * kPanel<C>, n = min_<int64_t>(kPanel<C>, N - at);
   for (int64_t k = 0; k < K; ++k) copy_row<C>(dst + k * kPanel<C>, w + k * ld + at, n, kPanel<C>);
 }
+
+// Product<A, C>: operands of type A, sums of type C. They differ only where the processor
+// multiplies bf16 itself; that product is in bf16.inl.
+template <class A, class C>
+struct Product;
 
 // ---- tiles
 
@@ -95,9 +96,10 @@ struct MultiplyAdd {
   SK_INLINE V<C> apply(V<C> acc, V<C> a, V<C> b) { return acc + a * b; }
 };
 
-// R rows of A by NP panels. A(r, k) is a[r * lda + k], or a[k * R + r] when Transposed. The three
-// rows that share a base pointer reach each other by lda and 2 * lda: few enough address registers
-// for twelve rows, which the empty asm keeps the compiler from undoing.
+// C (+)= A B for R rows of A and NP panels; `fresh` overwrites C. A(r, k) is a[r * lda + k], or a[k
+// * R + r] when Transposed. The three rows that share a base pointer reach each other by lda and 2
+// * lda: few enough address registers for twelve rows, which the empty asm keeps the compiler from
+// undoing.
 //
 // Sums run over blocks of k, each from zero, so that rounding errors grow with the block and the
 // number of blocks instead of with K.
@@ -105,7 +107,7 @@ constexpr int64_t kSumBlock = 128;
 
 template <class C, int R, int NP, bool Transposed, class Step>
 static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_stride, C* c,
-                 int64_t ldc, const int64_t* at) {
+                 int64_t ldc, const int64_t* at, bool fresh) {
   constexpr int L = kLanes<C>, W = kPanel<C>, bases = (R + 2) / 3;
   V<C> acc[R][2 * NP];
   const C* row[bases];
@@ -161,8 +163,9 @@ static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_s
 #pragma GCC unroll 8
       for (int v = 0; v < 2 * NP; ++v) {
         C* to = c + r * ldc + at[v / 2] + (v % 2) * L;
-        store<C>(to, load<C>(to) + acc[r][v]);
+        store<C>(to, fresh ? acc[r][v] : load<C>(to) + acc[r][v]);
       }
+    fresh = false;
   }
 }
 
@@ -177,21 +180,23 @@ constexpr int panels_for() {  // panels that fill the accumulators, at most 4
 // one panel at a time.
 template <class C, bool Transposed, class Step = MultiplyAdd<C>, int R = 1>
 static void tile_rows(int rows, int panels, int64_t K, const C* a, int64_t lda, const C* b,
-                      int64_t panel_stride, C* c, int64_t ldc, const int64_t* at) {
+                      int64_t panel_stride, C* c, int64_t ldc, const int64_t* at,
+                      bool fresh = false) {
   if constexpr (R <= kTileRows) {
     if (rows != R)
       return tile_rows<C, Transposed, Step, R + 1>(rows, panels, K, a, lda, b, panel_stride, c, ldc,
-                                                   at);
+                                                   at, fresh);
     constexpr int most = Transposed ? 1 : panels_for<R>();
-    if (panels == 1) return tile<C, R, 1, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
+    if (panels == 1)
+      return tile<C, R, 1, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, fresh);
     if constexpr (most >= 2)
       if (panels == 2)
-        return tile<C, R, 2, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
+        return tile<C, R, 2, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, fresh);
     if constexpr (most >= 3)
       if (panels == 3)
-        return tile<C, R, 3, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
+        return tile<C, R, 3, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, fresh);
     if constexpr (most >= 4)
-      tile<C, R, 4, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at);
+      tile<C, R, 4, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, fresh);
   }
 }
 
@@ -254,7 +259,10 @@ struct Product<C, C> {
       const C* b = w.packed + p * size;
       if (!w.packed) {
         for (int i = 0; i < np; ++i)
-          pack_panel<S, M>(scratch + i * size, w.raw, w.rows, w.K, p + i);
+          if (w.columns)
+            pack_columns<C>(scratch + i * size, w.raw, w.columns, w.K, w.columns, p + i);
+          else
+            pack_panel<S, M>(scratch + i * size, w.raw, w.rows, w.K, p + i);
         b = scratch;
       }
       // Tiles of nearly equal height: 16 rows are 8 + 8, not 12 + 4.
