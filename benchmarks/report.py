@@ -211,7 +211,8 @@ def about(run: dict) -> str:
         "\nAgainst ONNX Runtime, whose session holds packed weights, seqkern's layer is prepacked; "
         "the line\n'packing every call' is without. mean: geometric mean over the cells of peer "
         "time / seqkern time,\neach from the medians of interleaved samples (process CPU time on "
-        "one thread, wall clock on two). of limit: least time by benchmarks/limits.py / measured time."
+        "one thread, wall clock on two).\nof limit: least time by benchmarks/limits.py / measured "
+        "time."
     )
 
 
