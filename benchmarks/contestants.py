@@ -154,7 +154,7 @@ def stream_contestant(cell: Cell, problem: Problem) -> Contestant:
     layer.load_state_dict(problem.module.state_dict())
     layer.to(getattr(torch, cell.dtype))
     stream = seqkern.Stream(layer)
-    x = problem.x[0].float().numpy()
+    x = problem.x[0, 0].float().numpy()
 
     return Contestant("seqkern", lambda: stream.step(x), lambda: _steps(lambda: stream.step(x)))
 

@@ -122,6 +122,7 @@ CHECKED = [
     replace(SMALL, kind="training", P=3),
     replace(SMALL, kind="training", T=1),
     replace(SMALL, kind="training", ragged=True),
+    Cell("step", "LSTM", "float32", 1, 1, 8),
 ]
 
 

@@ -103,7 +103,7 @@ struct MultiplyAdd {
 //
 // Sums run over blocks of k, each from zero, so that rounding errors grow with the block and the
 // number of blocks instead of with K.
-constexpr int64_t kSumBlock = 128;
+constexpr int64_t kSumBlock = 64;
 
 template <class C, int R, int NP, bool Transposed, class Step>
 static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_stride, C* c,
