@@ -106,6 +106,9 @@ def _torch_goal(floor: float, aim: float) -> tuple[Goal, ...]:
     return (Goal("torch", floor, aim),)
 
 
+# A session of ONNX Runtime holds its weights packed; against it stands a layer that does too.
+PREPACKED = "seqkern prepacked"
+
 ROWS = (
     Row(
         "lstm-f32-inference-step",

@@ -13,11 +13,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import seqkern
 import seqkern.nn
 from benchmarks import onnx_graph
-from benchmarks.cells import Cell
+from benchmarks.cells import PREPACKED, Cell
 
 Outputs = dict[str, torch.Tensor]
-# A session of ONNX Runtime holds its weights packed; against it stands a layer that does too.
-PREPACKED = "seqkern prepacked"
 
 
 @dataclass(frozen=True)

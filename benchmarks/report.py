@@ -13,8 +13,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 
 from benchmarks import paired
-from benchmarks.cells import ROWS, Cell, Goal, Row
-from benchmarks.contestants import PREPACKED
+from benchmarks.cells import PREPACKED, ROWS, Cell, Goal, Row
 
 OURS = "seqkern"
 PLAIN = "onnxruntime, packing every call"
