@@ -12,29 +12,13 @@
 #pragma GCC target( \
     "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512,amx-tile,amx-bf16")
 
+#define SK_SET amx
 #define SK_VBYTES 64
 #define SK_ACC 24
 #define SK_AVX512 1
 #define SK_AMX 1
 
-namespace seqkern::amx {
-// clang-format off: each file builds on the one before
-#include "simd.inl"
-#include "gemm.inl"
-#include "bf16.inl"
-#include "cells.inl"
-#include "forward.inl"
-#include "kernels.inl"
-// clang-format on
-
-template <Mode M>
-constexpr Kernels kForward = ForwardEntry<bf16, bf16, float, M>::kernels;
-static constexpr KernelTable kTable{{{},
-                                     {},
-                                     {kForward<Mode::lstm>, kForward<Mode::gru>,
-                                      kForward<Mode::rnn_tanh>, kForward<Mode::rnn_relu>},
-                                     {}}};
-}  // namespace seqkern::amx
+#include "only_bf16.inl"
 
 #pragma GCC pop_options
 
