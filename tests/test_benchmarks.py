@@ -125,7 +125,6 @@ CHECKED = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
 def test_gate_passes_the_stream() -> None:
     # Apart from the others: a stepper has a state, so its outputs can be asked for once.
     cell = Cell("step", "LSTM", "float32", 1, 1, 8)
@@ -134,6 +133,7 @@ def test_gate_passes_the_stream() -> None:
     assert check(cell, problem, entries) <= 1
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
 @pytest.mark.parametrize("cell", CHECKED, ids=str)
 def test_gate_passes_a_right_kernel_and_stops_a_wrong_one(
     cell: Cell, monkeypatch: pytest.MonkeyPatch
