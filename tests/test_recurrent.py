@@ -18,7 +18,7 @@ from seqkern.reference.cells import GATES
 
 NATIVE = has_native_kernel("recurrent", "cpu")
 MODES = list(GATES)
-CAPABILITIES = ["amx", "avx512", "avx2", "portable"]
+CAPABILITIES = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 needs_native = pytest.mark.skipif(not NATIVE, reason="a promise of the C++ kernels: not built")

@@ -17,6 +17,13 @@ struct Split {
   bool units;   // members split the hidden units instead of the rows
 };
 
+// Tells the processor that this is a waiting loop, where it has an instruction for that.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 // A barrier for the members of a team. It yields after a while: with more threads than free
 // processors a member may wait for one that is not running.
 struct alignas(64) Team {
@@ -33,7 +40,7 @@ struct alignas(64) Team {
     }
     for (int polls = 0; __atomic_load_n(&round, __ATOMIC_ACQUIRE) == now; ++polls) {
       if (polls < 4096)
-        __builtin_ia32_pause();
+        relax();
       else
         sched_yield();
     }
