@@ -15,7 +15,7 @@ SMALL = [case for case in CASES if case.small]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NATIVE = has_native_kernel("recurrent", "cpu")
 # Without the extension the kernel is the reference, for which there is one path only.
-CAPABILITIES = ["amx", "avx512", "avx2", "portable"] if NATIVE else ["reference"]
+CAPABILITIES = ["amx", "avx512_bf16", "avx512", "avx2", "portable"] if NATIVE else ["reference"]
 
 
 def by_name(case: OpCase) -> str:
