@@ -14,7 +14,7 @@ key position p_i = i where causal is "top_left", else p_i = i + L_k - L_q, and
 after Vaswani et al. 2017 (equation 1), with grouped heads (Ainslie et al. 2023), ALiBi (Press et
 al. 2022), softcap (Gemma 2, 2024) and sinks (a logit for each head that takes probability and
 gives no value; Xiao et al. 2024). A row from which everything is excluded gives o = 0, and
-lse = -inf without a sink.
+lse = -inf without a sink; a query beyond L_q gives o = 0 and lse = -inf in any case.
 
 Backward, with delta_i = do_i . o_i - dlse_i:
 
@@ -186,6 +186,11 @@ def _dense(
         total = total + (sink - top).exp()
     empty = total == 0
     total = total.masked_fill(empty, 1)
+    if q_lens is not None:
+        # A query that does not exist has no sink either.
+        empty = (
+            empty | (torch.arange(q.size(2), device=q.device) >= q_lens[:, None])[:, None, :, None]
+        )
     lse = (top + total.log()).masked_fill(empty, -torch.inf).squeeze(-1)
     p = e / total
     if dropout_p > 0:
@@ -208,7 +213,8 @@ def _dense_backward(
         delta = delta - dlse.to(s.dtype)
     empty = lse == -torch.inf
     delta = _zero_beyond(delta.masked_fill(empty, 0).unsqueeze(-1), q_lens)
-    p = (s - lse.masked_fill(empty, torch.inf).unsqueeze(-1)).exp()
+    lse = lse.masked_fill(empty, torch.inf)
+    p = (s - lse.unsqueeze(-1)).exp()
     dp = do @ v.mT
     kept = _kept(p, seed, dropout_p) if dropout_p > 0 else None
     ds = p * ((dp if kept is None else dp * kept) - delta)
