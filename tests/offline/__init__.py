@@ -1,0 +1,1 @@
+"""Tools that prove Triton kernels without a GPU: interpreter, stand-in driver, compile gates."""
