@@ -6,6 +6,7 @@ exactly and reads zeros where a masked load is undefined; all of that is put rig
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,9 @@ Operator = Callable[..., np.ndarray]
 UNDEFINED_INTEGER = {1: 0x5A, 2: 0x5A5A, 4: 0x5A5A5A5A, 8: 0x5A5A5A5A5A5A5A5A}
 
 
+numpy_dtype = functools.cache(interpreter._get_np_dtype)
+
+
 def is_bf16(handle: Handle) -> bool:
     return handle.dtype.scalar == tl.bfloat16
 
@@ -44,15 +48,15 @@ def stored(numbers: np.ndarray, dtype: tl.dtype) -> Handle:
         return Handle(numbers, tl.int1)
     if scalar == tl.bfloat16:
         return Handle(formats.float_to_bf16(numbers), scalar)
-    return Handle(numbers.astype(interpreter._get_np_dtype(scalar), copy=False), scalar)
+    return Handle(numbers.astype(numpy_dtype(scalar), copy=False), scalar)
 
 
 def undefined(shape: tuple[int, ...], dtype: tl.dtype) -> np.ndarray:
     """What stands for undefined values: NaN, or an integer that points nowhere."""
     if dtype.is_floating():
         return stored(np.full(shape, np.nan, dtype=np.float32), dtype).data
-    numpy_dtype = interpreter._get_np_dtype(dtype)
-    return np.full(shape, UNDEFINED_INTEGER[numpy_dtype.itemsize]).astype(numpy_dtype)
+    kind = numpy_dtype(dtype)
+    return np.full(shape, UNDEFINED_INTEGER[kind.itemsize]).astype(kind)
 
 
 def item_bytes(pointers: Handle) -> int:
@@ -140,7 +144,7 @@ class Builder(interpreter.InterpreterBuilder):
         addresses, active = self._checked("load", ptrs, mask)
         fill = undefined(active.shape, dtype) if other is None else other.data
         fill = np.ascontiguousarray(np.broadcast_to(fill, active.shape))
-        loaded = cpu_memory.load(addresses, active, fill, interpreter._get_np_dtype(dtype))
+        loaded = cpu_memory.load(addresses, active, fill, numpy_dtype(dtype))
         return Handle(loaded, dtype)
 
     def create_masked_store(self, ptrs: Handle, value: Handle, mask: Any, *hints: Any) -> None:

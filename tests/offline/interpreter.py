@@ -209,6 +209,7 @@ def language_patches() -> Patches:
             patches.set_attr(tl.tensor, name, as_method(member))
     for module in (tl, tl.core):
         stock._patch_lang_core(module, patches)
+    for module in (tl, tl.core):
         patches.set_attr(module, "range", source.loop)
         patches.set_attr(module, "static_assert", source.static_assert)
         patches.set_attr(module, "reduce", fold)

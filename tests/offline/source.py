@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
-from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction, get_jit_fn_file_line
 
-from tests.offline.builder import SEMANTIC, Handle
+from tests.offline.builder import SEMANTIC, Handle, numpy_dtype
 
 
 def raw(value: Any) -> Any:
@@ -25,7 +24,7 @@ def raw(value: Any) -> Any:
 
 def scalar(value: bool | int | float, dtype: tl.dtype) -> tl.tensor:
     """A tensor without dimensions."""
-    array = np.array([value], dtype=interpreter._get_np_dtype(dtype))
+    array = np.array([value], dtype=numpy_dtype(dtype))
     return tl.tensor(Handle(array, dtype), dtype)
 
 
