@@ -1,13 +1,22 @@
 """The tools under tests/offline: right numbers, planted faults are caught, gates close."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the tools are for Triton kernels")
 
+import triton.language as tl
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+
 from tests.offline import toys
+from tests.offline.aot import Budget, Report, compile_for, gate, report
+from tests.offline.driver import pretend_gpu
 from tests.offline.interpreter import KernelFault, interpreted, poisoned_memory
+from tests.offline.targets import MATRIX
 
 bf16 = torch.bfloat16
 
@@ -227,3 +236,144 @@ def test_wrong_launches_are_refused():
             toys.add_kernel[(1,)](x.to(torch.complex64), x, x, 16, BLOCK=16)
         with pytest.raises(AssertionError, match="K >= 16"):
             toys.product_kernel[(1, 1)](x, x, x, 4, TILE=4, PRECISION="ieee")
+
+
+def test_words_mean_what_the_compiler_means():
+    x = torch.tensor([2.0, -3.0, 20.0, 4.0])
+    out = torch.empty(4)
+    with interpreted(toys):
+        toys.word_kernel[(1,)](x, out, N=4)
+        assert out.tolist() == [5, -3, 20, 5]
+        with pytest.raises(TypeError, match="a condition must be a scalar"):
+            toys.block_condition_kernel[(1,)](x, out, N=4)
+        with pytest.raises(NotImplementedError, match="chain of comparisons"):
+            toys.chained_kernel[(1,)](x, out, N=4)
+
+
+# ---- the stand-in driver
+
+
+def test_modes_alternate_and_leave_no_trace():
+    before = {name: vars(tl)[name] for name in ("load", "range", "dot", "sum", "reduce")}
+    members, run = dict(vars(tl.tensor)), JITFunction.run
+    x, y = torch.randn(2, 100)
+    for arch in (90, 80):
+        out = torch.full((100,), torch.nan)
+        with interpreted(toys):
+            toys.add_kernel[(2,)](x, y, out, 100, BLOCK=64)
+        assert torch.equal(out, x + y)
+        out.fill_(torch.nan)
+        with pretend_gpu(arch) as launches:
+            toys.add_kernel[(2,)](x, y, out, 100, BLOCK=64)
+        assert out.isnan().all()
+        assert launches[0].compiled.metadata.target.arch == arch
+    assert {name: vars(tl)[name] for name in before} == before
+    assert (dict(vars(tl.tensor)), JITFunction.run) == (members, run)
+
+
+def test_only_the_named_modules_are_interpreted():
+    x = torch.ones(16)
+    with pretend_gpu(90) as launches, interpreted(np):
+        toys.add_kernel[(1,)](x, x, x, 16, BLOCK=16)
+    assert len(launches) == 1
+
+
+def test_launch_is_recorded():
+    x, out = torch.empty(2, 1000).to(bf16)
+    with pretend_gpu(90) as launches:
+        toys.add_kernel[lambda meta: (1000 // meta["BLOCK"], 2)](
+            x, x[1:], out, 1000, BLOCK=64, num_warps=2, num_stages=4
+        )
+    (launch,) = launches
+    assert (launch.kernel, launch.grid) == ("add_kernel", (15, 2, 1))
+    assert launch.arguments["X"] is x
+    assert launch.arguments["n"] == 1000
+    assert launch.constants == {"BLOCK": 64}
+    assert (launch.warps, launch.stages) == (2, 4)
+    aligned = {i for (i,), marks in launch.compiled.src.attrs.items() if marks}
+    assert aligned == {0, 2}
+
+
+def test_driver_refuses_what_does_not_fit():
+    a, out = torch.empty(128, 256, dtype=bf16), torch.empty(128, 128)
+    product = toys.described_product_kernel[(2, 2)]
+    with pretend_gpu(80), pytest.raises(OutOfResources, match="shared memory"):
+        product(a, a, out, 128, 128, 256, TILE=64, STAGES=16)
+    with pretend_gpu(90), pytest.raises(OutOfResources, match="threads"):
+        toys.add_kernel[(1,)](a, a, a, 8, BLOCK=64, num_warps=64)
+    with pretend_gpu(90), pytest.raises(ValueError, match="grid"):
+        toys.add_kernel[(1, 2**16)](a, a, a, 8, BLOCK=64)
+    with pytest.raises(ValueError, match="arch must be one of"), pretend_gpu(70):
+        raise AssertionError("a target that nobody knows was taken")
+
+
+# ---- gates
+
+
+@pytest.mark.parametrize(
+    ("arch", "required"),
+    [
+        (80, ("HMMA", "LDGSTS")),
+        (90, ("HGMMA", "UTMALDG")),
+        (100, ("UTCHMMA", "UTMALDG")),
+        ("gfx942", ()),
+    ],
+)
+def test_gate_lets_a_good_kernel_pass(arch, required):
+    a, out = torch.empty(128, 256, dtype=bf16), torch.empty(128, 128)
+    with pretend_gpu(arch) as launches:
+        toys.described_product_kernel[(2, 2)](a, a, out, 128, 128, 256, TILE=64)
+    found = report(launches[0])
+    gate(found, Budget(required=required))
+    assert found.products[MATRIX[arch]] > 0
+    assert found.registers > 16
+    assert found.shared_bytes >= 16384
+    assert (found.tensor_columns > 0) == (arch == 100)
+
+
+def compiled_toy(
+    kernel: JITFunction, constants: dict[str, int], arch: int = 90, **options: int
+) -> Report:
+    names = [name for name in kernel.arg_names if name not in constants]
+    kinds = {name: "*bf16:16" if name in "XAB" else "*fp32:16" for name in names}
+    sizes = {name: "i32:16" for name in names if name.islower()}
+    return report(compile_for(arch, kernel, kinds | sizes, constants, **options))
+
+
+def test_gate_stops_spills():
+    spilling = compiled_toy(toys.squares_kernel, {"TILE": 128, "ATOMIC": False}, 80, maxnreg=64)
+    told = r"squares_kernel for 80, 4 warps: 64 registers.*bytes spilled: \d+, at most 0 allowed"
+    with pytest.raises(AssertionError, match=told):
+        gate(spilling)
+    gate(spilling, Budget(spill_bytes=spilling.spill_bytes))
+
+
+def test_gate_stops_atomics():
+    atomic = compiled_toy(toys.squares_kernel, {"TILE": 64, "ATOMIC": True})
+    with pytest.raises(AssertionError, match=r"atomics: \d+, at most 0"):
+        gate(atomic)
+    gate(atomic, Budget(atomics=atomic.atomics))
+
+
+def test_gate_stops_too_much_shared_memory():
+    large = compiled_toy(toys.described_product_kernel, {"TILE": 64, "STAGES": 16})
+    with pytest.raises(AssertionError, match=r"shared memory: 2\d{5}, at most 232448"):
+        gate(large)
+
+
+def test_gate_stops_a_kernel_without_its_matrix_instruction():
+    vector = compiled_toy(toys.add_kernel, {"BLOCK": 64})
+    gate(vector, Budget(matrix=None))
+    with pytest.raises(AssertionError, match="no wgmma"):
+        gate(vector)
+    with pytest.raises(AssertionError, match="no HGMMA"):
+        gate(vector, Budget(matrix=None, required=("HGMMA",)))
+
+
+def test_gate_stops_serialised_products_and_too_much_tensor_memory():
+    good = compiled_toy(toys.squares_kernel, {"TILE": 64, "ATOMIC": False})
+    gate(good)
+    with pytest.raises(AssertionError, match="wgmma serialised"):
+        gate(replace(good, serialised=True))
+    with pytest.raises(AssertionError, match="columns of tensor memory: 576, at most 512"):
+        gate(replace(good, tensor_columns=576))

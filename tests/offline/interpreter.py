@@ -32,11 +32,11 @@ from tests.offline import source
 from tests.offline.builder import BUILDER, Handle, stored, values
 from tests.offline.folds import fold, scan
 from tests.offline.memory import KernelFault, Memory, poisoned_memory
+from tests.offline.targets import full_grid
 
 __all__ = ["KernelFault", "interpreted", "poisoned_memory"]
 
 OPTIONS = CUDAOptions.__dataclass_fields__.keys() | HIPOptions.__dataclass_fields__.keys()
-GRID_LIMITS = (2**31 - 1, 65535, 65535)
 DTYPES = {
     torch.bool: tl.int1,
     torch.uint8: tl.uint8,
@@ -129,14 +129,6 @@ def bind(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
     bound = kernel.signature.bind(*args, **named)
     bound.apply_defaults()
     return dict(bound.arguments)
-
-
-def full_grid(grid: tuple) -> tuple[int, int, int]:
-    """The grid with its three sizes, each within what a GPU takes."""
-    sizes = tuple(int(n) for n in (*grid, 1, 1, 1)[:3])
-    if len(grid) > 3 or any(not 0 <= n <= most for n, most in zip(sizes, GRID_LIMITS)):
-        raise ValueError(f"grid {grid} is beyond the limits {GRID_LIMITS}")
-    return sizes
 
 
 def converted(name: str, value: Any, memory: Memory) -> Any:

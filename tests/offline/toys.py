@@ -64,14 +64,16 @@ def product_kernel(A, B, OUT, inner, TILE: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
-def described_product_kernel(A, B, OUT, rows, columns, inner, TILE: tl.constexpr):
+def described_product_kernel(
+    A, B, OUT, rows, columns, inner, TILE: tl.constexpr, STAGES: tl.constexpr = 2
+):
     """OUT = A Bᵀ by descriptors, which fill with zeros beyond the edges and clip what is stored."""
     row, column = tl.program_id(0) * TILE, tl.program_id(1) * TILE
     a = tl.make_tensor_descriptor(A, [rows, inner], [inner, 1], [TILE, TILE])
     b = tl.make_tensor_descriptor(B, [columns, inner], [inner, 1], [TILE, TILE])
     out = tl.make_tensor_descriptor(OUT, [rows, columns], [columns, 1], [TILE, TILE])
     acc = tl.zeros((TILE, TILE), tl.float32)
-    for start in tl.range(0, inner, TILE, num_stages=2):
+    for start in tl.range(0, inner, TILE, num_stages=STAGES):
         acc = tl.dot(a.load([row, start]), b.load([column, start]).T, acc)
     out.store([row, column], acc.to(OUT.dtype.element_ty))
 
@@ -154,3 +156,43 @@ def undefined_kernel(X, OUT, n, BLOCK: tl.constexpr):
 def half_written_kernel(OUT, n, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(OUT + at, tl.full((BLOCK,), 1.0, tl.float32), mask=at < n // 2)
+
+
+@triton.jit
+def squares_kernel(A, OUT, TILE: tl.constexpr, ATOMIC: tl.constexpr):
+    at = tl.arange(0, TILE)
+    a = tl.load(A + at[:, None] * TILE + at)
+    square = tl.dot(a, tl.trans(a))
+    if ATOMIC:
+        tl.atomic_add(OUT + at[:, None] * TILE + at, square)
+    else:
+        tl.store(OUT + at[:, None] * TILE + at, square)
+
+
+@triton.jit
+def word_kernel(X, OUT, N: tl.constexpr):
+    """Words that the compiler and Python read differently."""
+    at = tl.arange(0, N)
+    x = tl.load(X + at)
+    first = tl.load(X)
+    sign = 1.0 if first > 0 and not first > 10 else -1.0
+    total = 0.0
+    for i in range(2, 4):
+        total += i.to(tl.float32)
+    inside = (x > 0.0) & (x < 10.0)
+    tl.store(OUT + at, tl.where(inside, sign * total, x))
+
+
+@triton.jit
+def block_condition_kernel(X, OUT, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(X + at)
+    if x > 0:
+        tl.store(OUT + at, x)
+
+
+@triton.jit
+def chained_kernel(X, OUT, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(X + at)
+    tl.store(OUT + at, x, mask=0 < x < 10)
