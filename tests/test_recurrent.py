@@ -137,6 +137,18 @@ def test_a_row_has_the_same_bits_in_any_batch(mode: str, dtype, capability: str)
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.usefixtures("own_kernels")
+def test_a_row_has_the_same_bits_where_a_product_is_cut_along_k(dtype, capability: str) -> None:
+    x, h0, c0, weights = layer_arguments("LSTM", 2, 50, 270, 200, dtype=dtype)
+    alone = forward_and_dx("LSTM", x[:, -1:], h0[:, -1:], c0[:, -1:], weights)
+    for first in (0, 24, 25, 34, 42):
+        rows = x[:, first:], h0[:, first:], c0[:, first:]
+        batch = forward_and_dx("LSTM", *rows, weights)
+        assert all(torch.equal(a[:, -1:], b) for a, b in zip(batch, alone, strict=True)), first
+
+
+@needs_native
 @every_mode
 def test_a_ragged_row_has_the_bits_it_has_alone(mode: str, capability: str) -> None:
     lengths, I, H = [9, 9, 7, 4, 4, 1], 9, 40

@@ -120,7 +120,7 @@ static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_s
       const C* from = b + (v / 2) * panel_stride + k * W + (v % 2) * L;
       bv[v] = load<C>(from);
       // One to three rows are bound by the loads themselves, of which a prefetch is one more.
-      if (R > 3) __builtin_prefetch(from + 12 * W);
+      if (R > 3) __builtin_prefetch(from + 24 / NP * W);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -200,10 +200,21 @@ static void tile_rows(int rows, int panels, int64_t K, const C* a, int64_t lda, 
   }
 }
 
-// Panels taken at once for m rows: few rows leave accumulators free for more panels.
-SK_INLINE int panels_at_once(int64_t m) {
-  if (m > kTileRows / 2) return 1;
-  return max_(1, min_(4, int(SK_ACC / (2 * m))));
+// How m rows are cut into tiles, and how much of k the tiles of a panel share before they go on: a
+// whole number of sum blocks, so that the cut changes no bit.
+struct Cut {
+  int panels;     // at once
+  int64_t tiles;  // of nearly equal height: 16 rows are 8 + 8, not 12 + 4
+  int64_t k;
+};
+SK_INLINE Cut cut_of(int64_t m, int64_t K) {
+  // Few rows leave accumulators free for more panels.
+  if (m <= kTileRows / 2) return {max_(1, min_(4, int(SK_ACC / (2 * m)))), 1, K};
+  // Many rows come from the L2 cache: half of them at a time, by twice the columns, read it half as
+  // often. Two panels need four registers beside the sums.
+  if (SK_ACC == 24 && m > 2 * kTileRows) return {2, ceil_div(m, kTileRows / 2), 3 * kSumBlock};
+  // The second tile finds the panel in the L1 cache.
+  return {1, ceil_div(m, kTileRows), m > kTileRows ? 4 * kSumBlock : K};
 }
 
 template <class C>
@@ -240,20 +251,19 @@ struct Product<C, C> {
     }
   }
 
-  // C[m rows][panels p0..p1 by `columns`] += A B. `scratch` holds panels_at_once(m) panels when the
-  // matrix is not packed. `backwards` walks the panels from the last: every second step of a
-  // sequence does, so that what the cache still holds of the weights is used first.
+  // C[m rows][panels p0..p1 by `columns`] += A B. `scratch` holds four panels when the matrix is
+  // not packed. `backwards` walks the panels from the last: every second step of a sequence does,
+  // so that what the cache still holds of the weights is used first.
   template <class S, Mode M>
   static void gemm(int64_t m, const C* a, int64_t lda, const Matrix<S, C>& w, int64_t p0,
                    int64_t p1, C* c, int64_t ldc, const Columns& columns, C* scratch,
                    bool backwards) {
     if (m <= 0 || p1 <= p0) return;
-    const int at_once = panels_at_once(m);
-    const int64_t size = panel_size(w.K);
-    const int64_t tiles = ceil_div(m, kTileRows), turns = ceil_div(p1 - p0, at_once);
+    const Cut cut = cut_of(m, w.K);
+    const int64_t size = panel_size(w.K), turns = ceil_div(p1 - p0, cut.panels);
     for (int64_t turn = 0; turn < turns; ++turn) {
-      const int64_t p = p0 + (backwards ? turns - 1 - turn : turn) * at_once;
-      const int np = int(min_<int64_t>(at_once, p1 - p));
+      const int64_t p = p0 + (backwards ? turns - 1 - turn : turn) * cut.panels;
+      const int np = int(min_<int64_t>(cut.panels, p1 - p));
       int64_t at[4];
       for (int i = 0; i < np; ++i) at[i] = column_of(columns, p + i);
       const C* b = w.packed + p * size;
@@ -265,11 +275,12 @@ struct Product<C, C> {
             pack_panel<S, M>(scratch + i * size, w.raw, w.rows, w.K, p + i);
         b = scratch;
       }
-      // Tiles of nearly equal height: 16 rows are 8 + 8, not 12 + 4.
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t r0 = t * m / tiles, rows = (t + 1) * m / tiles - r0;
-        tile_rows<C, false>(int(rows), np, w.K, a + r0 * lda, lda, b, size, c + r0 * ldc, ldc, at);
-      }
+      for (int64_t k = 0; k < w.K; k += cut.k)
+        for (int64_t t = 0; t < cut.tiles; ++t) {
+          const int64_t r0 = t * m / cut.tiles, rows = (t + 1) * m / cut.tiles - r0;
+          tile_rows<C, false>(int(rows), np, min_(cut.k, w.K - k), a + r0 * lda + k, lda,
+                              b + k * kPanel<C>, size, c + r0 * ldc, ldc, at);
+        }
     }
   }
 };
