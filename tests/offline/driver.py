@@ -54,7 +54,7 @@ class Launcher:
         cache = kernel.device_caches[driver.get_current_device()][0]
         compiled = next(k for k in cache.values() if k.metadata is self.metadata)
         given = dict(zip(kernel.arg_names, values))
-        fixed = {name for name, kind in self.src.signature.items() if kind == "constexpr"}
+        fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
         driver.launches.append(
             Launch(
                 kernel.__name__,

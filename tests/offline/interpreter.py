@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton._utils import validate_block_shape
 from triton.backends.amd.compiler import HIPOptions
 from triton.backends.nvidia.compiler import CUDAOptions
 from triton.language.extra import libdevice
@@ -29,7 +30,7 @@ from triton.runtime import interpreter as stock
 from triton.runtime.jit import JITFunction
 
 from tests.offline import source
-from tests.offline.builder import BUILDER, Handle, stored, values
+from tests.offline.builder import BUILDER, Handle, numpy_dtype, stored, values
 from tests.offline.folds import fold, scan
 from tests.offline.memory import KernelFault, Memory, poisoned_memory
 from tests.offline.targets import full_grid
@@ -209,6 +210,9 @@ def language_patches() -> Patches:
     for name, function in LIBDEVICE.items():
         patches.set_attr(libdevice, name, elementwise(function))
     patches.set_attr(JITFunction, "__call__", source.call_helper)
+    patches.set_attr(stock, "_get_np_dtype", numpy_dtype)
+    patches.set_attr(tl.tensor, "__init__", quick_tensor)
+    patches.set_attr(tl.block_type, "__init__", quick_block_type)
     return patches
 
 
@@ -218,3 +222,29 @@ def as_method(function: JITFunction) -> Callable:
 
 def elementwise(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[tl.tensor], tl.tensor]:
     return lambda x: tl.tensor(stored(function(values(x.handle)), x.dtype), x.type)
+
+
+# Half of the time of a launch would go into the shapes of intermediate results, which repeat.
+
+
+def quick_tensor(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+    """`tl.tensor.__init__` with shapes that are made once."""
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    _, self.shape, self.numel = shape_of(tuple(type.shape) if type.is_block() else ())
+
+
+def quick_block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+    """`tl.block_type.__init__` with shapes that are made once."""
+    sizes = tuple(map(source.raw, shape))
+    if not sizes:
+        raise TypeError("a block has at least one dimension")
+    self.element_ty, self.name = element_ty, f"<{sizes}, {element_ty}>"
+    self.shape, _, numel = shape_of(sizes)
+    self.numel = numel.value
+
+
+@functools.cache
+def shape_of(sizes: tuple[int, ...]) -> tuple[tl.tuple, tl.tuple, tl.constexpr]:
+    """A type's shape, a tensor's, and its number of elements; raises where the compiler would."""
+    count = validate_block_shape(sizes) if sizes else 1
+    return tl.tuple(sizes), tl.tuple([tl.constexpr(n) for n in sizes]), tl.constexpr(count)

@@ -107,7 +107,8 @@ class Memory:
         """Checks the active lanes of an access and returns all lanes' plain addresses."""
         active = pointers[mask]
         owners = active >> np.uint64(ADDRESS_BITS)
-        for owner in np.unique(owners):
+        alone = owners.size and (owners == owners[0]).all()
+        for owner in owners[:1] if alone else np.unique(owners):
             addresses = active[owners == owner] & ADDRESS
             if not 1 <= owner <= len(self.arguments):
                 raise self._fault(f"{kind} through a pointer that comes from no argument")
@@ -148,10 +149,11 @@ def poisoned_memory() -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,
     )
-    torch.use_deterministic_algorithms(True)
+    # torch.use_deterministic_algorithms would import the compiler, which takes seconds.
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
