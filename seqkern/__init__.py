@@ -2,6 +2,9 @@
 
 from seqkern import _extension as _extension
 from seqkern.convert import convert as convert
+from seqkern.ops.attention import attention as attention
+from seqkern.ops.attention import attention_varlen as attention_varlen
+from seqkern.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from seqkern.ops.explain import explain as explain
 from seqkern.ops.functional import gru as gru
 from seqkern.ops.functional import gru_cell as gru_cell
@@ -16,6 +19,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Stream",
     "__version__",
+    "attention",
+    "attention_varlen",
     "convert",
     "explain",
     "gru",
@@ -24,4 +29,5 @@ __all__ = [
     "lstm_cell",
     "rnn",
     "rnn_cell",
+    "scaled_dot_product_attention",
 ]

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from seqkern.ops.choice import has_native_kernel
-from seqkern.reference import recurrent as reference
 from seqkern.testing import OpCase, all_cases, assert_within_budget, neighbours
 
 CASES = all_cases()
@@ -16,6 +15,11 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NATIVE = has_native_kernel("recurrent", "cpu")
 # Without the extension the kernel is the reference, for which there is one path only.
 CAPABILITIES = ["amx", "avx512_bf16", "avx512", "avx2", "portable"] if NATIVE else ["reference"]
+KERNELS = [
+    pytest.param(case, capability, id=f"{capability}-{case.name}")
+    for case in CASES
+    for capability in (["any"] if case.name.startswith("attention") else CAPABILITIES)
+]
 
 
 def by_name(case: OpCase) -> str:
@@ -28,13 +32,14 @@ def short(dtype: torch.dtype) -> str:
 
 every_case = pytest.mark.parametrize("case", CASES, ids=by_name)
 every_small_case = pytest.mark.parametrize("case", SMALL, ids=by_name)
+every_kernel = pytest.mark.parametrize(("case", "capability"), KERNELS, indirect=["capability"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 
 
-@pytest.fixture(params=CAPABILITIES)
+@pytest.fixture
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once for each instruction set that the processor has."""
-    if not NATIVE:
+    """Runs a test on one instruction set, if the processor has it."""
+    if request.param in ("any", "reference"):
         yield request.param
         return
     before = torch.ops.seqkern.cpu_capability()
@@ -78,7 +83,7 @@ def check_against_reference(case: OpCase, actual, inputs, grads, dtype: torch.dt
 
 
 @every_dtype
-@every_case
+@every_kernel
 def test_values_and_gradients(case: OpCase, dtype: torch.dtype, capability: str) -> None:
     inputs = leaves(case, dtype)
     out = case.op(*inputs)
@@ -88,7 +93,7 @@ def test_values_and_gradients(case: OpCase, dtype: torch.dtype, capability: str)
 
 
 @every_dtype
-@every_case
+@every_kernel
 def test_inference(case: OpCase, dtype: torch.dtype, capability: str) -> None:
     inputs = case.tensors(dtype)
     with torch.no_grad():
@@ -101,8 +106,7 @@ def test_inference(case: OpCase, dtype: torch.dtype, capability: str) -> None:
 def test_reference_backward_is_the_derivative_of_its_forward(case: OpCase) -> None:
     """Autograd derives the reference's forward, operation by operation; the formulas agree."""
     inputs = leaves(case, torch.float64)
-    (_, arguments), *_ = case.raw(tuple(inputs))
-    out = tuple(t for t in reference.recurrent(*arguments)[:3] if t.dim() > 1)
+    out = case.forward(*inputs)
     grads = cotangents(out, torch.float64)
     derived = torch.autograd.grad(out, inputs, grads)
     _, formulas = case.reference(tuple(t.detach() for t in inputs), grads)
@@ -191,7 +195,8 @@ def test_autocast(case: OpCase) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = case.op(*inputs)
         twice = case.op(*leaves(case, torch.float64, grad=False))
-    explicit = case.op(*case.tensors(torch.bfloat16))
+    cast, n = case.tensors(torch.bfloat16), case.autocast
+    explicit = case.op(*cast[:n], *([] if n is None else case.tensors(torch.float32)[n:]))
     for a, b, c in zip(out, explicit, twice, strict=True):
         assert torch.equal(a, b)
         assert c.dtype == torch.float64
@@ -227,5 +232,7 @@ def test_compile(case: OpCase) -> None:
 
 
 def test_a_fused_op_has_both_directions() -> None:
-    fused = {op: has_native_kernel(op, "cpu") for op in ("recurrent", "recurrent_backward")}
-    assert len(set(fused.values())) == 1, fused
+    for op in ("recurrent", "attention"):
+        for device in ("cpu", "cuda"):
+            fused = {name: has_native_kernel(name, device) for name in (op, f"{op}_backward")}
+            assert len(set(fused.values())) == 1, (device, fused)

@@ -27,10 +27,14 @@ All functions take the arguments of the op seqkern::attention in its order; fp16
 computed in fp32 and rounded once, at the end.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from seqkern.reference import packed
 
 _PHILOX_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _PHILOX_KEYS = 0x9E3779B9, 0xBB67AE85
@@ -93,12 +97,10 @@ def attention(
     """
     extras = alibi_slopes, sinks, seed
     rule = causal, window_left, window_right, softcap, dropout_p, scale
-    if cu_q is None or cu_k is None:
-        return _dense(q, k, v, mask, bias, q_lens, k_lens, *extras, *rule)
-    lens, rows = (cu_q.diff(), cu_k.diff()), q.size(0)
-    q, k, v = pad(q, cu_q, max_q), pad(k, cu_k, max_k), pad(v, cu_k, max_k)
-    o, lse = _dense(q, k, v, mask, bias, *lens, *extras, *rule)
-    return unpad(o, cu_q, rows), unpad(lse.unsqueeze(-1), cu_q, rows).squeeze(-1).T
+    if cu_q is not None:
+        args = q, k, v, mask, bias, None, None, *extras, cu_q, cu_k, *rule
+        return packed.forward(attention, (*args, max_q, max_k, deterministic))
+    return _dense(q, k, v, mask, bias, q_lens, k_lens, *extras, *rule)
 
 
 def attention_backward(
@@ -141,27 +143,31 @@ def attention_backward(
     Returns:
         dq, dk, dv, dbias, dsinks, shaped like their inputs; (0,) where absent or not wanted.
     """
-    needs = need_dq, need_dkv, need_dbias
+    grads, needs = (do, dlse, o, lse), (need_dq, need_dkv, need_dbias)
     extras = alibi_slopes, sinks, seed
     rule = causal, window_left, window_right, softcap, dropout_p, scale
-    if cu_q is None or cu_k is None:
-        grads = do, dlse, o, lse
-        return _dense_backward(*grads, q, k, v, mask, bias, q_lens, k_lens, *extras, *rule, *needs)
-    do, o = pad(do, cu_q, max_q), pad(o, cu_q, max_q)
-    lse = pad(lse.T.unsqueeze(-1), cu_q, max_q).squeeze(-1)
-    if dlse is not None:
-        dlse = pad(dlse.T.unsqueeze(-1), cu_q, max_q).squeeze(-1)
-    lens = cu_q.diff(), cu_k.diff()
-    padded = pad(q, cu_q, max_q), pad(k, cu_k, max_k), pad(v, cu_k, max_k)
-    dq, dk, dv, dbias, dsinks = _dense_backward(
-        do, dlse, o, lse, *padded, mask, bias, *lens, *extras, *rule, *needs
-    )
-    dq = unpad(dq, cu_q, q.size(0)) if need_dq else dq
-    if need_dkv:
-        dk, dv = unpad(dk, cu_k, k.size(0)), unpad(dv, cu_k, k.size(0))
-    return dq, dk, dv, dbias, dsinks
+    if cu_q is not None:
+        args = q, k, v, mask, bias, None, None, *extras, cu_q, cu_k, *rule
+        args = *args, max_q, max_k, deterministic
+        return packed.backward(attention_backward, grads, args, needs)
+    return _dense_backward(*grads, q, k, v, mask, bias, q_lens, k_lens, *extras, *rule, *needs)
 
 
+def _without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Inside autocast, too, the products are those of the computing dtype."""
+
+    @functools.wraps(compute)
+    def computed(first: Tensor, *args):
+        device = first.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return compute(first, *args)
+        with torch.autocast(device, enabled=False):
+            return compute(first, *args)
+
+    return computed
+
+
+@_without_autocast
 def _dense(
     q, k, v, mask, bias, q_lens, k_lens, alibi_slopes, sinks, seed,
     causal, window_left, window_right, softcap, dropout_p, scale,
@@ -177,12 +183,12 @@ def _dense(
         else s.new_full((*s.shape[:3], 1), -torch.inf)
     )
     top = top.clamp(min=torch.finfo(s.dtype).min)
-    if sinks is not None:
-        sink = sinks.to(s.dtype)[:, None, None]
+    sink = None if sinks is None else sinks.to(s.dtype)[:, None, None]
+    if sink is not None:
         top = torch.maximum(top, sink.detach())
     e = (s - top).exp()
     total = e.sum(-1, keepdim=True)
-    if sinks is not None:
+    if sink is not None:
         total = total + (sink - top).exp()
     empty = total == 0
     total = total.masked_fill(empty, 1)
@@ -198,6 +204,7 @@ def _dense(
     return (p @ v).to(dtype), lse
 
 
+@_without_autocast
 def _dense_backward(
     do, dlse, o, lse, q, k, v, mask, bias, q_lens, k_lens, alibi_slopes, sinks, seed,
     causal, window_left, window_right, softcap, dropout_p, scale, need_dq, need_dkv, need_dbias,
@@ -207,12 +214,12 @@ def _dense_backward(
     live = live_elements(q, k, mask, q_lens, k_lens, causal, window_left, window_right)
     shifted = with_alibi(q, k, bias, q_lens, k_lens, alibi_slopes, causal)
     s, slope, q, k, v = _scores(q, k, v, live, shifted, q_lens, k_lens, softcap, scale)
-    do, o = _zero_beyond(do.to(s.dtype), q_lens), o.to(s.dtype)
+    do, o = zero_beyond(do.to(s.dtype), q_lens), o.to(s.dtype)
     delta = (do * o).sum(-1)
     if dlse is not None:
         delta = delta - dlse.to(s.dtype)
     empty = lse == -torch.inf
-    delta = _zero_beyond(delta.masked_fill(empty, 0).unsqueeze(-1), q_lens)
+    delta = zero_beyond(delta.masked_fill(empty, 0).unsqueeze(-1), q_lens)
     lse = lse.masked_fill(empty, torch.inf)
     p = (s - lse.unsqueeze(-1)).exp()
     dp = do @ v.mT
@@ -236,8 +243,8 @@ def _dense_backward(
 def _scores(q, k, v, live, bias, q_lens, k_lens, softcap, scale) -> Scores:
     dtype = q.dtype if q.dtype in (torch.float32, torch.float64) else torch.float32
     groups = q.size(1) // max(k.size(1), 1)
-    q = _zero_beyond(q.to(dtype), q_lens)
-    k, v = (_zero_beyond(t.to(dtype), k_lens).repeat_interleave(groups, 1) for t in (k, v))
+    q = zero_beyond(q.to(dtype), q_lens)
+    k, v = (zero_beyond(t.to(dtype), k_lens).repeat_interleave(groups, 1) for t in (k, v))
     s, slope = scale * (q @ k.mT), None
     if softcap > 0:
         t = (s / softcap).tanh()
@@ -302,7 +309,7 @@ def with_alibi(q, k, bias, q_lens, k_lens, alibi_slopes, causal) -> Tensor | Non
     return alibi if bias is None else bias + alibi
 
 
-def _zero_beyond(t: Tensor, lens: Tensor | None) -> Tensor:
+def zero_beyond(t: Tensor, lens: Tensor | None) -> Tensor:
     """t (B, H, T, D) with zeros from position lens[b] on."""
     if lens is None:
         return t
@@ -352,26 +359,3 @@ def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> Tensor:
         c1, c3 = b & _LOW, a & _LOW
         k0, k1 = (k0 + _PHILOX_KEYS[0]) & _LOW, (k1 + _PHILOX_KEYS[1]) & _LOW
     return c0
-
-
-# ---- packed sequences ---------------------------------------------------------------------
-
-
-def pad(rows: Tensor, cu: Tensor, length: int) -> Tensor:
-    """(N, H, D) rows of packed sequences as (B, H, length, D), zeros beyond each one's end."""
-    place = torch.arange(length, device=rows.device)
-    if rows.size(0) == 0:
-        return rows.new_zeros(cu.numel() - 1, rows.size(1), length, rows.size(2))
-    index = (cu[:-1, None] + place).clamp(max=rows.size(0) - 1)
-    padded = rows[index].transpose(1, 2)
-    return padded.masked_fill((place >= cu.diff()[:, None])[:, None, :, None], 0)
-
-
-def unpad(padded: Tensor, cu: Tensor, rows: int) -> Tensor:
-    """The inverse of `pad`: (B, H, T, D) to (rows, H, D), zeros beyond the last sequence."""
-    row = torch.arange(rows, device=padded.device)
-    b = torch.searchsorted(cu[1:], row, right=True).clamp(max=max(padded.size(0) - 1, 0))
-    i = (row - cu[b]).clamp(max=max(padded.size(2) - 1, 0))
-    if padded.numel() == 0:
-        return padded.new_zeros(rows, padded.size(1), padded.size(3))
-    return padded[b, :, i].masked_fill((row >= cu[-1])[:, None, None], 0)

@@ -1,0 +1,169 @@
+"""Derivatives and vmap of the attention ops, as two autograd functions, like the recurrent ops':
+`Attention` is the first derivative and `AttentionBackward`, derived through the reference, the
+second.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
+
+from seqkern.ops._vmap import map_slices
+from seqkern.reference import attention as reference
+
+ops = torch.ops.seqkern
+
+# Of the arguments of seqkern::attention: q, k, v, mask, bias, q_lens, k_lens, alibi_slopes, sinks,
+# seed, cu_q and cu_k are tensors, and these have a gradient.
+TENSORS = 12
+Q, K, V, BIAS, SINKS = 0, 1, 2, 4, 8
+DERIVED = (Q, K, V, BIAS, SINKS)
+
+
+class Attention(torch.autograd.Function):
+    """Takes the arguments of seqkern::attention, in order."""
+
+    @staticmethod
+    def forward(*args):
+        with _AutoDispatchBelowAutograd():
+            return ops.attention.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *inputs[:TENSORS])
+        ctx.rule = inputs[TENSORS:]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs):
+        do, dlse = grad_outputs
+        o, lse, *tensors = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if do is None and dlse is None:
+            return tuple(grads)
+        if do is None:
+            do = torch.zeros_like(o)
+        need = ctx.needs_input_grad
+        # In a backward with create_graph, and under torch.func, the gradients are derived again.
+        op = AttentionBackward.apply if torch.is_grad_enabled() else ops.attention_backward.default
+        needs = need[Q], need[K] or need[V], need[BIAS]
+        results = op(do, dlse, o, lse, *tensors, *ctx.rule, *needs)
+        for i, g in zip(DERIVED, results, strict=True):
+            grads[i] = g if need[i] else None
+        return tuple(grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims, *args):
+        return fold_batch(Attention.apply, info.batch_size, in_dims, args)
+
+
+class AttentionBackward(torch.autograd.Function):
+    """Takes the arguments of seqkern::attention_backward, in order."""
+
+    @staticmethod
+    def forward(*args):
+        with _AutoDispatchBelowAutograd():
+            return ops.attention_backward.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        do, dlse, _, _, *args = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(do, dlse, *args[:TENSORS])
+        ctx.rule = args[TENSORS:]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs):
+        """Derive the reference's forward and backward together by all that goes in: o and lse are
+        functions of the other inputs here and take no gradient themselves."""
+        do, dlse, *tensors = ctx.saved_tensors
+        rule, needs = ctx.rule[:-3], ctx.rule[-3:]
+        # In the order of the op: do, dlse, o, lse, q, ...
+        places = (0, 1, *(4 + i for i in DERIVED))
+        inputs = [do, dlse, *(tensors[i] for i in DERIVED)]
+        wanted = [
+            n
+            for n, place in enumerate(places)
+            if inputs[n] is not None and ctx.needs_input_grad[place]
+        ]
+        given = [i for i, g in enumerate(grad_outputs) if g is not None]
+
+        def first_order(*values: Tensor):
+            all_inputs = list(inputs)
+            for n, value in zip(wanted, values, strict=True):
+                all_inputs[n] = value
+            do, dlse, *derived = all_inputs
+            args = list(tensors)
+            for i, value in zip(DERIVED, derived, strict=True):
+                args[i] = value
+            o, lse = reference.attention(*args, *rule)
+            outputs = reference.attention_backward(do, dlse, o, lse, *args, *rule, *needs)
+            return tuple(outputs[i] for i in given)
+
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if given and wanted:
+            # vjp and not autograd.grad, which torch.func's transforms refuse.
+            vjp = torch.func.vjp(first_order, *(inputs[n] for n in wanted))[1]
+            for n, g in zip(wanted, vjp(tuple(grad_outputs[i] for i in given)), strict=True):
+                grads[places[n]] = g
+        return tuple(grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims, *args):
+        return map_slices(AttentionBackward.apply, info.batch_size, in_dims, args)
+
+
+def fold_batch(op, v: int, in_dims, args):
+    """vmap of the forward: the new dimension joins B, or each slice is a call of its own where it
+    cannot: packed rows do not interleave, and dropout counts the rows of the batch."""
+    tensors, rule = args[:TENSORS], args[TENSORS:]
+    cu_q, seed, sinks = tensors[10], tensors[9], in_dims[SINKS]
+    if cu_q is not None or seed is not None or sinks is not None:
+        return map_slices(op, v, in_dims, args)
+    rows = tensors[Q].size(1 if in_dims[Q] == 0 else 0)
+    if in_dims[Q] is None:
+        rows = tensors[Q].size(0)
+
+    def fold(i: int, t: Tensor | None, dim: int | None) -> Tensor | None:
+        if t is None or i == SINKS or (dim is None and t.size(0) == 1 and t.dim() == 4 and i > V):
+            return t
+        t = t.unsqueeze(0).expand(v, *t.shape) if dim is None else t.movedim(dim, 0)
+        if t.dim() == 2 and i == 7:
+            t = t.unsqueeze(1)
+        return t.expand(v, rows, *t.shape[2:]).flatten(0, 1)
+
+    folded = [fold(i, t, d) for i, (t, d) in enumerate(zip(tensors, in_dims, strict=False))]
+    o, lse = op(*folded, *rule)
+    return (o.unflatten(0, (v, rows)), lse.unflatten(0, (v, rows))), (0, 0)
+
+
+def needs_grad(tensors) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _autograd_attention(keyset, *args):
+    if needs_grad(args[i] for i in DERIVED):
+        return Attention.apply(*args)
+    with _AutoDispatchBelowAutograd():
+        return ops.attention.default(*args)
+
+
+def _autograd_attention_backward(keyset, *args):
+    if needs_grad((*args[:2], *(args[4 + i] for i in DERIVED))):
+        return AttentionBackward.apply(*args)
+    with _AutoDispatchBelowAutograd():
+        return ops.attention_backward.default(*args)
+
+
+def register(lib: torch.library.Library) -> None:
+    """Give the ops of `lib` their Autograd kernels and their vmap rules."""
+    lib.impl("attention", _autograd_attention, "Autograd", with_keyset=True)
+    lib.impl("attention_backward", _autograd_attention_backward, "Autograd", with_keyset=True)
+    for name, rule in (("attention", fold_batch), ("attention_backward", map_slices)):
+        op = getattr(ops, name).default
+        torch.library.register_vmap(
+            f"seqkern::{name}",
+            lambda info, in_dims, *args, rule=rule, op=op: rule(op, info.batch_size, in_dims, args),
+            lib=lib,
+        )

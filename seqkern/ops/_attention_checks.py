@@ -1,0 +1,234 @@
+"""Checks of the attention ops: each raises with the argument's name and its value."""
+
+import torch
+from torch import Tensor
+
+from seqkern.ops._checks import check_tensor
+
+CAUSAL = None, "top_left", "bottom_right"
+_INT = (torch.int32, torch.int64)
+
+
+def check_attention(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    q_lens: Tensor | None,
+    k_lens: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    causal: str | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    scale: float,
+    max_q: int,
+    max_k: int,
+    deterministic: bool,
+) -> None:
+    """The arguments of seqkern::attention: all but the values of lengths and bounds.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a size, dtype, device or value does not fit.
+    """
+    packed = cu_q is not None or cu_k is not None
+    check_qkv(op, q, k, v, packed)
+    if packed:
+        if cu_q is None or cu_k is None:
+            missing = "cu_q" if cu_q is None else "cu_k"
+            raise ValueError(f"{op}: {missing} must be given where the other one is")
+        if q_lens is not None or k_lens is not None:
+            raise ValueError(f"{op}: lengths and cu_q, cu_k say the same: give one of them")
+        check_vector(op, "cu_q", cu_q, q, None, _INT)
+        check_vector(op, "cu_k", cu_k, q, cu_q.size(0), _INT)
+        if cu_q.size(0) == 0:
+            raise ValueError(f"{op}: cu_q must hold the B + 1 bounds of B sequences, got none")
+        if max_q < 0 or max_k < 0:
+            raise ValueError(f"{op}: max_q and max_k must not be negative, got {max_q}, {max_k}")
+        B, H = cu_q.size(0) - 1, q.size(1)
+    else:
+        B, H = q.size(0), q.size(1)
+        if (max_q, max_k) != (q.size(2), k.size(2)):
+            raise ValueError(
+                f"{op}: max_q, max_k must be Tq, Tk = {q.size(2)}, {k.size(2)}, "
+                f"got {max_q}, {max_k}"
+            )
+        for name, lens in (("q_lens", q_lens), ("k_lens", k_lens)):
+            if lens is not None:
+                check_vector(op, name, lens, q, B, _INT)
+    _check_extras(op, q, (B, H, max_q, max_k), mask, bias, alibi_slopes, sinks)
+    if (seed is None) != (dropout_p == 0):
+        raise ValueError(f"{op}: a seed goes with a dropout_p over 0, got {dropout_p}")
+    if seed is not None:
+        check_vector(op, "seed", seed, q, 1, (torch.int64,))
+    check_rule(op, causal, window_left, window_right, softcap, dropout_p)
+
+
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    form = "(N, H, D)" if packed else "(B, H, T, D)"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(op, name, t)
+        if t.dim() != (3 if packed else 4):
+            raise ValueError(f"{op}: {name} must be {form}, got {tuple(t.shape)}")
+        if not t.dtype.is_floating_point or t.dtype != q.dtype:
+            raise ValueError(
+                f"{op}: q, k and v must be of one floating-point dtype, got {q.dtype} for q "
+                f"and {t.dtype} for {name}"
+            )
+        if t.device != q.device:
+            raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {t.device}")
+    T = 0 if packed else 2
+    if not packed and (k.size(0) != q.size(0) or v.size(0) != q.size(0)):
+        raise ValueError(
+            f"{op}: q, k and v must have one batch size, got {q.size(0)}, {k.size(0)}, {v.size(0)}"
+        )
+    if k.size(-1) != q.size(-1):
+        raise ValueError(f"{op}: k must have the head size {q.size(-1)} of q, got {tuple(k.shape)}")
+    if v.size(1) != k.size(1) or v.size(T) != k.size(T):
+        raise ValueError(
+            f"{op}: v must have the heads and the length of k, {tuple(k.shape)}, got "
+            f"{tuple(v.shape)}"
+        )
+    H, Hkv = q.size(1), k.size(1)
+    if (H % Hkv if Hkv else H) != 0:
+        raise ValueError(f"{op}: the {H} heads of q must be a multiple of the {Hkv} of k and v")
+
+
+def _check_extras(
+    op: str,
+    q: Tensor,
+    full: tuple[int, int, int, int],
+    mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
+    for name, t in (("mask", mask), ("bias", bias)):
+        if t is None:
+            continue
+        check_tensor(op, name, t)
+        if t.device != q.device:
+            raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {t.device}")
+        if t.dim() != 4 or any(n not in (1, m) for n, m in zip(t.shape, full, strict=True)):
+            raise ValueError(
+                f"{op}: {name} must broadcast to (B, H, Tq, Tk) = {full}, got {tuple(t.shape)}"
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"{op}: mask must be boolean, got {mask.dtype}; a floating one is a bias")
+    if bias is not None and bias.dtype not in (q.dtype, torch.float32):
+        raise ValueError(f"{op}: bias must be {q.dtype} or torch.float32, got {bias.dtype}")
+    B, H = full[:2]
+    if alibi_slopes is not None:
+        check_tensor(op, "alibi_slopes", alibi_slopes)
+        if tuple(alibi_slopes.shape) not in ((H,), (B, H)) or alibi_slopes.device != q.device:
+            raise ValueError(
+                f"{op}: alibi_slopes must be (H,) = ({H},) or (B, H) on {q.device}, got "
+                f"{tuple(alibi_slopes.shape)} on {alibi_slopes.device}"
+            )
+        if alibi_slopes.requires_grad:
+            raise ValueError(
+                f"{op}: alibi_slopes have no gradient; slopes that are learnt go through bias"
+            )
+    if sinks is not None:
+        check_vector(op, "sinks", sinks, q, H, (q.dtype, torch.float32))
+
+
+def check_vector(
+    op: str, name: str, t: Tensor, q: Tensor, size: int | None, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """A one-dimensional tensor of that size and of one of those dtypes, on q's device."""
+    check_tensor(op, name, t)
+    if t.dim() != 1 or (size is not None and t.size(0) != size):
+        expected = "(B + 1,)" if size is None else f"({size},)"
+        raise ValueError(f"{op}: {name} must be {expected}, got {tuple(t.shape)}")
+    if t.dtype not in dtypes:
+        names = " or ".join(map(str, dict.fromkeys(dtypes)))
+        raise ValueError(f"{op}: {name} must be {names}, got {t.dtype}")
+    if t.device != q.device:
+        raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {t.device}")
+
+
+def check_rule(
+    op: str,
+    causal: str | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+) -> None:
+    """What is no tensor."""
+    if causal not in CAUSAL:
+        raise ValueError(
+            f'{op}: causal must be None, "top_left" or "bottom_right", got {causal!r}: with '
+            f"Tq != Tk the two differ"
+        )
+    if window_left < -1 or window_right < -1:
+        raise ValueError(
+            f"{op}: window must hold numbers of keys, got ({window_left}, {window_right})"
+        )
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def check_lengths(op: str, *args) -> None:
+    """The values of lengths and bounds; reads them, so for tensors on the CPU alone.
+
+    Args:
+        args: of seqkern::attention, in order.
+
+    Raises:
+        ValueError: a length is outside its sequence, or the bounds do not fit the rows.
+    """
+    q, k, _, _, _, q_lens, k_lens, _, _, _, cu_q, cu_k, *_, max_q, max_k, _ = args
+    for name, lens, T in (("q_lens", q_lens, max_q), ("k_lens", k_lens, max_k)):
+        if lens is not None and lens.numel() and not 0 <= lens.min() <= lens.max() <= T:
+            raise ValueError(f"{op}: {name} must be within [0, {T}], got {lens.tolist()}")
+    for name, cu, rows, T in (("cu_q", cu_q, q, max_q), ("cu_k", cu_k, k, max_k)):
+        if cu is None:
+            continue
+        lens = cu.diff()
+        if cu[0] != 0 or cu[-1] != rows.size(0) or (lens < 0).any():
+            raise ValueError(
+                f"{op}: {name} must rise from 0 to the {rows.size(0)} rows, got {cu.tolist()}"
+            )
+        if lens.numel() and lens.max() > T:
+            raise ValueError(
+                f"{op}: max_{name[-1]} must be at least the longest sequence, "
+                f"{int(lens.max())}, got {T}"
+            )
+
+
+def check_attention_backward(
+    op: str,
+    do: Tensor,
+    dlse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    v: Tensor,
+    packed: bool,
+) -> None:
+    """What the backward takes besides the forward's arguments.
+
+    Raises:
+        ValueError: a size or device does not match.
+    """
+    rows = tuple(q.shape[:-1])
+    expected = {"do": (do, (*rows, v.size(-1))), "o": (o, (*rows, v.size(-1)))}
+    rows = (rows[1], rows[0]) if packed else rows
+    expected |= {"lse": (lse, rows), "dlse": (dlse, rows)}
+    for name, (t, shape) in expected.items():
+        if t is not None and (tuple(t.shape) != shape or t.device != q.device):
+            raise ValueError(
+                f"{op}: {name} must be {shape} on {q.device}, got {tuple(t.shape)} on {t.device}"
+            )

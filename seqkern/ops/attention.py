@@ -1,0 +1,411 @@
+"""Scaled dot-product attention: the public functions."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from seqkern.ops._attention_autograd import DERIVED, Attention
+from seqkern.ops._attention_checks import check_attention, check_qkv
+from seqkern.ops._attention_ops import choose
+from seqkern.ops._checks import check_tensor
+from seqkern.reference import attention as reference
+
+_op = torch.ops.seqkern.attention.default
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: str | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    k_lens: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+) -> Any:
+    """softmax(scale q k^T + ...) v, with everything that sequence models ask of it, together.
+
+    `seqkern.reference.attention` has the formulas. Query i stands at the key position p_i = i
+    where `causal` is "top_left", else p_i = i + Lk - Lq: the last query beside the last key.
+
+    Args:
+        q: (B, H, Tq, D) of fp16, bf16, fp32 or fp64, with any strides. Any size may be 0 or 1.
+        k, v: (B, Hkv, Tk, D) and (B, Hkv, Tk, Dv) of the same dtype; H is a multiple of Hkv, and
+            query head h reads the head h // (H // Hkv) (grouped-query attention).
+        causal: "top_left" or "bottom_right": no query sees a key after p_i.
+        mask: boolean, broadcasts to (B, H, Tq, Tk); False excludes a key.
+        bias: floating, of q's dtype or float32, broadcasts to (B, H, Tq, Tk); added to the scores
+            after scale and softcap. Has a gradient.
+        q_lens, k_lens: (B,) int32 or int64 lengths Lq and Lk of padded rows. What lies beyond is
+            never read, and the tiles that hold nothing else are skipped.
+        window: (left, right): a query sees the keys p_i - left ... p_i + right; None for no limit.
+        alibi_slopes: (H,) or (B, H), float: subtracts slope |p_i - j| (Press et al. 2022). No
+            gradient.
+        softcap: s becomes softcap tanh(s / softcap).
+        sinks: (H,) of q's dtype or float32: a logit for each head that joins the softmax without
+            a value. Has a gradient.
+        dropout_p: probability in [0, 1) of dropping an attention weight.
+        dropout_seed: an int, or an int64 tensor (1,) on q's device; the same seed drops the same
+            weights, whatever the device. None draws from PyTorch's generator.
+        scale: of the scores; 1 / sqrt(D) if None.
+        return_lse: whether to return the logarithm of the softmax's denominator too.
+        deterministic: False permits sums in an order that differs from run to run; no kernel
+            makes use of that so far.
+
+    Returns:
+        o (B, H, Tq, Dv) in q's dtype, in q's order in memory; with `return_lse` also lse
+        (B, H, Tq), float32 (float64 for float64), natural logarithm, differentiable. A query to
+        which nothing is left gives o = 0, takes no gradient, and its lse is -inf or its sink.
+
+    Under torch.autocast q, k and v are cast to its dtype, unless they are float64.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a size, dtype, device or value does not fit; the message names it.
+    """
+    name = "attention"
+    check_qkv(name, q, k, v, packed=False)
+    args = _normal_form(
+        name,
+        (q, k, v, mask, bias, q_lens, k_lens, alibi_slopes, sinks, None, None),
+        (causal, window, softcap, dropout_p, dropout_seed, scale),
+        (q.size(2), k.size(2), deterministic),
+    )
+    if args[9] is not None and dropout_seed is None and not return_lse:
+        dropped = _with_torch_dropout(args)
+        if dropped is not None:
+            return dropped
+    o, lse = call(args)
+    return (o, lse) if return_lse else o
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    max_q: int | None = None,
+    max_k: int | None = None,
+    *,
+    causal: str | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+) -> Any:
+    """`attention` over sequences of different lengths that lie one after another, unpadded.
+
+    Args:
+        q: (Nq, H, D), the queries of all sequences; or a nested tensor (B, j, H, D) of the jagged
+            layout.
+        k, v: (Nk, Hkv, D) and (Nk, Hkv, Dv), or nested like q.
+        cu_q, cu_k: (B + 1,) int32 or int64: sequence b is rows cu[b] up to cu[b + 1]. Absent for
+            nested tensors, which know.
+        max_q, max_k: at least the longest sequence; found from cu_q and cu_k if None, for which a
+            GPU has to be waited for.
+        mask, bias: broadcast to (B, H, max_q, max_k).
+
+    The other arguments, and what is raised: see `attention`.
+
+    Returns:
+        o (Nq, H, Dv), nested where q is; with `return_lse` also lse (H, Nq).
+    """
+    name = "attention_varlen"
+    for n, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, n, t)
+    nested = q.is_nested
+    if nested:
+        if cu_q is not None or cu_k is not None:
+            raise ValueError(f"{name}: nested tensors hold their bounds: leave out cu_q and cu_k")
+        (q, cu_q), (k, cu_k), (v, _) = (
+            _unnest(name, n, t) for n, t in (("q", q), ("k", k), ("v", v))
+        )
+    offsets = cu_q
+    if cu_q is None or cu_k is None:
+        raise ValueError(f"{name}: cu_q and cu_k must be given unless q, k and v are nested")
+    check_qkv(name, q, k, v, packed=True)
+    args = _normal_form(
+        name,
+        (q, k, v, mask, bias, None, None, alibi_slopes, sinks, cu_q, cu_k),
+        (causal, window, softcap, dropout_p, dropout_seed, scale),
+        (_longest(cu_q, max_q), _longest(cu_k, max_k), deterministic),
+    )
+    o, lse = call(args)
+    if nested:
+        o = torch.nested.nested_tensor_from_jagged(o, offsets)
+    return (o, lse) if return_lse else o
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention, with its arguments and its meaning.
+
+    Besides: a row with nothing left is zeros on every device, the gradient of `attn_mask` is
+    taken by the fused kernels, and the result can be derived twice.
+
+    Args:
+        query: (..., H, Tq, D).
+        key, value: (..., Hkv, Tk, D) and (..., Hkv, Tk, Dv).
+        attn_mask: boolean, True takes part, or floating, added to the scores; broadcasts to
+            (..., H, Tq, Tk).
+        dropout_p: probability of dropping an attention weight, in training or not.
+        is_causal: no query i sees a key after i (the upper left corner is shared).
+        scale: 1 / sqrt(D) if None.
+        enable_gqa: permits Hkv < H, if H is a multiple of it.
+
+    Returns:
+        (..., H, Tq, Dv) in query's dtype.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a size, dtype, device or value does not fit.
+        RuntimeError: attn_mask and is_causal are both given.
+    """
+    name = "scaled_dot_product_attention"
+    for n, t in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, n, t)
+        if t.dim() < 2:
+            raise ValueError(f"{name}: {n} must be (..., T, D), got {tuple(t.shape)}")
+    if attn_mask is not None and is_causal:
+        raise RuntimeError(f"{name}: attn_mask and is_causal must not both be given")
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+    if query.is_nested or dropout_p >= 1:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, **options
+        )
+    if query.device.type == "cpu" and not _recorded((query, key, value, attn_mask)):
+        try:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, **options
+            )
+        except RuntimeError:
+            # The checks below say what does not fit.
+            pass
+    if not enable_gqa and query.dim() > 2 and key.dim() > 2:
+        heads = [t.size(-3) for t in (query, key, value)]
+        if len({n for n in heads if n != 1}) > 1:
+            raise ValueError(
+                f"{name}: query, key and value have {heads} heads; enable_gqa permits that"
+            )
+    q, k, v, batch = _four_dimensional(query, key, value, enable_gqa)
+    mask = bias = None
+    if attn_mask is not None:
+        check_tensor(name, "attn_mask", attn_mask)
+        m = _mask_of_batch(attn_mask, batch)
+        mask, bias = (m, None) if m.dtype == torch.bool else (None, m)
+    o = attention(
+        q,
+        k,
+        v,
+        causal="top_left" if is_causal else None,
+        mask=mask,
+        bias=bias,
+        dropout_p=dropout_p,
+        scale=scale,
+    )
+    return o.reshape(*batch, *o.shape[-2:])
+
+
+# ---- to the normal form of the op ---------------------------------------------------------
+
+
+def _normal_form(name: str, tensors: tuple, options: tuple, sizes: tuple) -> tuple:
+    """The arguments of seqkern::attention, in order.
+
+    Args:
+        tensors: q, k, v, mask, bias, q_lens, k_lens, alibi_slopes, sinks, cu_q, cu_k.
+        options: causal, window, softcap, dropout_p, dropout_seed, scale.
+        sizes: max_q, max_k, deterministic.
+    """
+    q, k, v, mask, bias, *lens, slopes, sinks, cu_q, cu_k = tensors
+    causal, window, softcap, dropout_p, dropout_seed, scale = options
+    if _is_any_autocast_enabled():
+        q, k, v = _autocast(q, k, v)
+    mask, bias = (_with_four_dims(name, n, t) for n, t in (("mask", mask), ("bias", bias)))
+    if bias is not None and not bias.dtype.is_floating_point:
+        raise ValueError(f"{name}: bias must be floating, got {bias.dtype}")
+    if causal is not None and not isinstance(causal, str):
+        raise TypeError(
+            f'{name}: causal must be "top_left" or "bottom_right", which differ where Tq != Tk, '
+            f"got {causal!r}"
+        )
+    left, right = _window(name, window)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{name}: softcap must be positive, or None for none, got {softcap}")
+    if scale is None:
+        scale = q.size(-1) ** -0.5 if q.size(-1) else 1.0
+    seed = _seed(name, q, dropout_seed) if dropout_p else None
+    q_lens, k_lens, cu_q, cu_k = (_int32(t) for t in (*lens, cu_q, cu_k))
+    extras = mask, bias, q_lens, k_lens, slopes, sinks, seed, cu_q, cu_k
+    rule = causal, left, right, float(softcap or 0), float(dropout_p), float(scale)
+    return q, k, v, *extras, *rule, *sizes
+
+
+def _with_four_dims(name: str, argument: str, t: Tensor | None) -> Tensor | None:
+    if t is None:
+        return None
+    check_tensor(name, argument, t)
+    if t.dim() > 4:
+        raise ValueError(
+            f"{name}: {argument} must broadcast to (B, H, Tq, Tk), got {tuple(t.shape)}"
+        )
+    return t[(None,) * (4 - t.dim())]
+
+
+def _window(name: str, window) -> tuple[int, int]:
+    if window is None:
+        return -1, -1
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"{name}: window must be (left, right), got {window!r}")
+    for n in window:
+        if n is not None and (not isinstance(n, int) or n < 0):
+            raise ValueError(f"{name}: window must hold numbers of keys or None, got {window!r}")
+    left, right = (-1 if n is None else n for n in window)
+    return left, right
+
+
+def _seed(name: str, q: Tensor, seed: int | Tensor | None) -> Tensor:
+    if seed is None:
+        return torch.randint(2**62, (1,), device=q.device)
+    if isinstance(seed, Tensor):
+        return seed
+    if not isinstance(seed, int):
+        raise TypeError(f"{name}: dropout_seed must be an int or a Tensor, got {seed!r}")
+    return torch.tensor([seed], dtype=torch.int64, device=q.device)
+
+
+def _int32(t: Tensor | None) -> Tensor | None:
+    return t.to(torch.int32) if isinstance(t, Tensor) and t.dtype == torch.int64 else t
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _longest(cu: Tensor, given: int | None) -> int:
+    if given is not None:
+        return given
+    lens = cu.diff()
+    return int(lens.max()) if lens.numel() else 0
+
+
+def _unnest(name: str, argument: str, t: Any) -> tuple[Tensor, Tensor]:
+    if not t.is_nested or t.layout != torch.jagged or t.dim() != 4:
+        raise ValueError(
+            f"{name}: {argument} must be nested (B, j, H, D) of the jagged layout, like q"
+        )
+    if t._ragged_idx != 1:
+        raise ValueError(f"{name}: {argument} must be ragged in dimension 1, got {t._ragged_idx}")
+    return t.values(), t.offsets()
+
+
+def _four_dimensional(q: Tensor, k: Tensor, v: Tensor, gqa: bool):
+    """(B, H, T, D) views of (..., T, D), and the leading sizes of the result."""
+    same = slice(1 if gqa else 2)
+    if q.dim() == 4 and q.shape[same] == k.shape[same] == v.shape[same] and k.dim() == v.dim() == 4:
+        return q, k, v, tuple(q.shape[:2])
+    own = [list(t.shape[:-2]) for t in (q, k, v)]
+    if gqa:
+        heads, own = [s[-1:] for s in own], [s[:-1] for s in own]
+    else:
+        heads = [[], [], []]
+    shared = list(torch.broadcast_shapes(*own))
+    leading = [shared + h for h in heads]
+    views = []
+    for t, lead in zip((q, k, v), leading):
+        t = t.expand(*lead, *t.shape[-2:])
+        t = t[(None,) * (4 - t.dim())] if t.dim() < 4 else t.flatten(0, -4)
+        views.append(t)
+    return (*views, tuple(leading[0]))
+
+
+def _mask_of_batch(m: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """A mask (..., Tq, Tk) for leading sizes that were joined to (B, H)."""
+    if m.dim() <= 4 and len(batch) <= 2:
+        return m
+    return m.expand(*batch[:-1], *([m.size(-3)] if m.dim() > 2 else [1]), *m.shape[-2:]).flatten(
+        0, -4
+    )
+
+
+# ---- the call -----------------------------------------------------------------------------
+
+
+def call(args: tuple) -> tuple[Tensor, Tensor]:
+    """seqkern::attention, recorded where a derivative may be asked for."""
+    transformed, compiling = _are_functorch_transforms_active(), is_compiling()
+    if forward_ad._current_level >= 0 or (compiling and transformed):
+        # Only plain PyTorch operations carry tangents, and only they can be traced by
+        # torch.compile inside a transform.
+        check_attention("attention", *args)
+        return reference.attention(*args)
+    if not compiling and _recorded([args[i] for i in DERIVED]):
+        return Attention.apply(*args)
+    return _op(*args)
+
+
+def _recorded(tensors) -> bool:
+    """Whether a derivative of the call may be asked for."""
+    if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _with_torch_dropout(args: tuple) -> Tensor | None:
+    """On the CPU, without a seed to keep to: PyTorch's own dropout, and its generator's numbers.
+    Philox in Python operations costs many times as much there."""
+    check_attention("attention", *args)
+    without = *args[:9], None, *args[10:16], 0.0, *args[17:]
+    if args[0].device.type != "cpu" or choose(without).kernel != "torch" or args[10] is not None:
+        return None
+    q, k, v, mask, bias, q_lens, k_lens, slopes, *_, causal, left, right, _, p, scale, _, _, _ = (
+        args
+    )
+    live = reference.live_elements(q, k, mask, q_lens, k_lens, causal, left, right)
+    bias = reference.with_alibi(q, k, bias, q_lens, k_lens, slopes, causal)
+    if bias is None:
+        m = live
+    else:
+        m = bias.to(q.dtype)
+        m = m if live is None else m.masked_fill(~live, -torch.inf)
+    q = reference.zero_beyond(q, q_lens)
+    k, v = (reference.zero_beyond(t, k_lens) for t in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, m, p, scale=scale, enable_gqa=q.size(1) != k.size(1)
+    )
