@@ -29,7 +29,13 @@ Operator = Callable[..., np.ndarray]
 UNDEFINED_INTEGER = {1: 0x5A, 2: 0x5A5A, 4: 0x5A5A5A5A, 8: 0x5A5A5A5A5A5A5A5A}
 
 
-numpy_dtype = functools.cache(interpreter._get_np_dtype)
+scalar_dtype = functools.cache(interpreter._get_np_dtype)
+
+
+def numpy_dtype(dtype: tl.dtype) -> np.dtype:
+    """How numpy stores a type; pointers and bfloat16 as unsigned integers."""
+    scalar = dtype.scalar
+    return np.dtype(np.uint64) if scalar.is_ptr() else scalar_dtype(scalar)
 
 
 def is_bf16(handle: Handle) -> bool:
