@@ -124,7 +124,8 @@ def _amd_report(kernel: CompiledKernel) -> Report:
         kernel=kernel,
         arch=kernel.metadata.target.arch,
         registers=largest("vgpr_count"),
-        spill_bytes=4 * (largest("vgpr_spill_count") + largest("sgpr_spill_count")),
+        # Scalar registers are spilled to lanes of vector registers, not to memory.
+        spill_bytes=4 * largest("vgpr_spill_count"),
         stack_bytes=largest("private_segment_fixed_size"),
         tensor_columns=0,
         serialised=False,
