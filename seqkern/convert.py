@@ -1,4 +1,4 @@
-"""``convert``: put seqkern's recurrent layers in the place of torch.nn's in a built model."""
+"""``convert``: put seqkern's layers in the place of torch.nn's in a built model."""
 
 from typing import NamedTuple
 
@@ -14,6 +14,12 @@ _REPLACEMENTS: dict[type, type] = {
     torch.nn.RNNCell: nn.RNNCell,
     torch.nn.LSTMCell: nn.LSTMCell,
     torch.nn.GRUCell: nn.GRUCell,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
+    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
+    torch.nn.TransformerEncoder: nn.TransformerEncoder,
+    torch.nn.TransformerDecoder: nn.TransformerDecoder,
+    torch.nn.Transformer: nn.Transformer,
 }
 
 
@@ -26,7 +32,7 @@ class Swapped(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A recurrent module of torch.nn that was not changed, and why."""
+    """A module of one of torch.nn's classes that was not changed, and why."""
 
     name: str
     type: type
@@ -41,7 +47,11 @@ class Conversion(NamedTuple):
 
 
 def convert(model: torch.nn.Module) -> Conversion:
-    """Turn the torch.nn RNN, LSTM, GRU and their cells in ``model`` into seqkern's, in place.
+    """Turn the layers of torch.nn in ``model`` that seqkern has too into seqkern's, in place.
+
+    These are RNN, LSTM, GRU and their cells, MultiheadAttention, Transformer, and its encoder,
+    decoder and their layers; each on its own, so a layer inside a module that is left alone is
+    converted nevertheless.
 
     Each module stays the same object and only changes its class, so parameters, optimizers that
     hold them, hooks, training mode, sharing, parametrizations and references to the module from

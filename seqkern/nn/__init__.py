@@ -1,13 +1,32 @@
-"""Drop-in recurrent layers and cells: the classes of ``torch.nn`` on seqkern's ops.
+"""Drop-in layers: the recurrent and the Transformer classes of ``torch.nn`` on seqkern's ops.
 
 The layers hold parameters, check arguments and reshape; all arithmetic is in ``seqkern.ops``.
 """
 
+from seqkern.nn.attention import MultiheadAttention as MultiheadAttention
 from seqkern.nn.cells import GRUCell as GRUCell
 from seqkern.nn.cells import LSTMCell as LSTMCell
 from seqkern.nn.cells import RNNCell as RNNCell
 from seqkern.nn.rnn import GRU as GRU
 from seqkern.nn.rnn import LSTM as LSTM
 from seqkern.nn.rnn import RNN as RNN
+from seqkern.nn.transformer import Transformer as Transformer
+from seqkern.nn.transformer import TransformerDecoder as TransformerDecoder
+from seqkern.nn.transformer import TransformerDecoderLayer as TransformerDecoderLayer
+from seqkern.nn.transformer import TransformerEncoder as TransformerEncoder
+from seqkern.nn.transformer import TransformerEncoderLayer as TransformerEncoderLayer
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "MultiheadAttention",
+    "RNNCell",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

@@ -1,0 +1,50 @@
+"""Attention that also hands out its weights, which the fused kernels never hold in memory."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_with_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(D) + bias) v and the softmax itself, in plain PyTorch operations.
+
+    Any derivative of any order comes from PyTorch's own formulas. Dropout is PyTorch's, with the
+    numbers of its generator.
+
+    Args:
+        q: (B, H, Tq, D).
+        k, v: (B, H, Tk, D) and (B, H, Tk, Dv).
+        mask: boolean, broadcasts to (B, H, Tq, Tk); False excludes a key.
+        bias: floating, broadcasts to (B, H, Tq, Tk).
+        dropout_p: probability of dropping a weight, in [0, 1].
+
+    Returns:
+        o (B, H, Tq, Dv) and the weights (B, H, Tq, Tk) that made it, after dropout; zeros for a
+        query to which no key is left.
+
+    Raises:
+        ValueError: dropout_p is outside [0, 1].
+        RuntimeError: sizes do not fit.
+    """
+    scores = (q * q.size(-1) ** -0.5) @ k.mT
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if mask is None and bias is None:
+        weights = scores.softmax(-1)
+    else:
+        # The softmax of a row of -inf is NaN, and so is its gradient, whatever comes after.
+        empty = scores.isneginf().all(-1, keepdim=True)
+        weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+    if dropout_p != 0:
+        weights = F.dropout(weights, dropout_p)
+    return weights.to(v.dtype) @ v, weights
