@@ -6,7 +6,8 @@ state is acc (the weighted sum of values), m (the largest score so far, -inf at 
 sum of exp2(s - m)); its log-sum-exp is (m + log2 l) ln 2.
 
 An argument that may be absent is None, which a compiled kernel resolves at compile time: what a
-call does not use costs nothing. Sizes of blocks are powers of two of at least 16.
+call does not use costs nothing. Helpers take such arguments but return none: a compiled function
+cannot return None. Sizes of blocks are powers of two of at least 16.
 """
 
 from typing import Any, NamedTuple
@@ -68,8 +69,8 @@ class Rule(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Keep where the random word is >= threshold; what is kept is multiplied by gain. The seed is
-    None where there is no dropout."""
+    """Keep where the random word is >= threshold; what is kept is multiplied by gain. seed is the
+    number itself, or None where there is no dropout."""
 
     seed: Any
     threshold: Any
@@ -102,15 +103,15 @@ def tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def tile_product(a, b, rule, RAW: tl.constexpr, PRECISION: tl.constexpr):
-    """scale a b in base 2, capped where the rule has a cap; fp32.
+def tile_product(x, y, rule, RAW: tl.constexpr, PRECISION: tl.constexpr):
+    """scale x y in base 2, capped where the rule has a cap; fp32.
 
     RAW leaves the factor rule.scale to the one who exponentiates, where it costs nothing. It is
     allowed for a positive scale when nothing is added to the product and it is not capped.
     """
-    s = tl.dot(a, b, input_precision=PRECISION)
+    s = tl.dot(x, y, input_precision=PRECISION)
     if rule.cap is not None:
-        s = rule.cap * tanh(s * rule.scale, a.dtype == tl.float32)
+        s = rule.cap * tanh(s * rule.scale, x.dtype == tl.float32)
     elif not RAW:
         s = s * rule.scale
     return s
@@ -124,19 +125,21 @@ def cap_slope(product, rule):
 
 
 @triton.jit
-def add_and_exclude(s, i, j, limits, slope, bias, mask, MASKED: tl.constexpr):
+def add_and_exclude(
+    s, i, j, b, h, limits, slope, bias, mask, MASKED: tl.constexpr, I64: tl.constexpr
+):  # fmt: skip
     """Scores from products: bias and ALiBi added, -inf for what does not take part.
 
     Args:
         s: the products in base 2. i, j: positions of queries and keys, which broadcast to s.
+        b, h: batch and query head.
         slope: ALiBi's slope times log2 e, or None.
-        bias, mask: loaded tiles that broadcast to s, or None; mask is non-zero where an element
-            takes part.
+        bias, mask: Planes, or None; the mask is non-zero where an element takes part.
         MASKED: apply the limits. Without it the caller knows that all of the tile is within.
             Queries beyond q_len are the caller's business in either case.
     """
     if bias is not None:
-        s += bias.to(tl.float32) * LOG2E
+        s += load_plane(bias, b, h, i, j, limits, I64).to(tl.float32) * LOG2E
     if slope is not None:
         s -= slope * tl.abs(i + limits.shift - j).to(tl.float32)
     if MASKED:
@@ -147,21 +150,21 @@ def add_and_exclude(s, i, j, limits, slope, bias, mask, MASKED: tl.constexpr):
             keep = keep & (j <= i + limits.shift + limits.right)
         s = tl.where(keep, s, float("-inf"))
     if mask is not None:
-        s = tl.where(mask != 0, s, float("-inf"))
+        s = tl.where(load_plane(mask, b, h, i, j, limits, I64) != 0, s, float("-inf"))
     return s
 
 
 @triton.jit
 def tile_scores(
-    a, b, i, j, limits, rule, slope, bias, mask,
-    MASKED: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, i, j, b, h, limits, rule, slope, bias, mask,
+    MASKED: tl.constexpr, RAW: tl.constexpr, I64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The scores of one tile in base 2, -inf where excluded: tile_product, add_and_exclude.
 
-    a b is q k^T with i (M, 1), j (1, N), or its transpose k q^T with i (1, M), j (N, 1).
+    x y is q k^T with i (M, 1), j (1, N), or its transpose k q^T with i (1, M), j (N, 1).
     """
-    s = tile_product(a, b, rule, RAW, PRECISION)
-    return add_and_exclude(s, i, j, limits, slope, bias, mask, MASKED)
+    s = tile_product(x, y, rule, RAW, PRECISION)
+    return add_and_exclude(s, i, j, b, h, limits, slope, bias, mask, MASKED, I64)
 
 
 @triton.jit
@@ -198,22 +201,9 @@ def log_sum_exp(m, l):
 @triton.jit
 def keep_mask(dropout, i, j, h, b):
     """Which elements dropout keeps: Philox-4x32 with 7 rounds (Salmon et al. 2011), keyed by the
-    int64 seed and counting (j, i, h, b) with h the query head, so that it depends on no tile.
-    None where there is no dropout."""
-    keep = None
-    if dropout.seed is not None:
-        words = tl.philox(dropout.seed, j, i, h, b, n_rounds=7)
-        keep = words[0] >= dropout.threshold.to(tl.uint32)
-    return keep
-
-
-@triton.jit
-def load_dropout(seed, threshold, gain):
-    """Dropout with the seed read from its tensor, or with None where there is none."""
-    value = None
-    if seed is not None:
-        value = tl.load(seed)
-    return Dropout(value, threshold, gain)
+    int64 seed and counting (j, i, h, b) with h the query head, so that it depends on no tile."""
+    words = tl.philox(dropout.seed, j, i, h, b, n_rounds=7)
+    return words[0] >= dropout.threshold.to(tl.uint32)
 
 
 # ---- which tiles --------------------------------------------------------------------------
@@ -299,12 +289,12 @@ def bounds(b, lens, cu, longest, rows):
 
 
 @triton.jit
-def limits_of(q_len, k_len, left, right, TOP_LEFT: tl.constexpr):
-    """Limits of one sequence: query i stands at i, or with the last query at the last key."""
+def shift_of(q_len, k_len, TOP_LEFT: tl.constexpr):
+    """What takes a query to its key position: 0, or the last query to the last key."""
     shift = k_len - q_len
     if TOP_LEFT:
         shift = shift * 0
-    return Limits(q_len, k_len, shift, left, right)
+    return shift
 
 
 # ---- memory -------------------------------------------------------------------------------
@@ -314,16 +304,6 @@ def limits_of(q_len, k_len, left, right, TOP_LEFT: tl.constexpr):
 def base(view, b, h, start):
     """Pointer to row `start` (int64) of head h of batch b."""
     return view.ptr + b.to(tl.int64) * view.b + h.to(tl.int64) * view.h + start * view.t
-
-
-@triton.jit
-def plane_at(plane, b, h):
-    """The Plane with its pointer at head h of batch b; None for None."""
-    here = None
-    if plane is not None:
-        ptr = plane.ptr + b.to(tl.int64) * plane.b + h.to(tl.int64) * plane.h
-        here = Plane(ptr, plane.b, plane.h, plane.i, plane.j)
-    return here
 
 
 @triton.jit
@@ -347,14 +327,13 @@ def source(ptr, view, length, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.c
     src = ptr
     if DESCRIPTORS:
         # A descriptor of no rows is not valid, and never read.
-        shape = [tl.maximum(length, 1), D]
-        # The declared type of strides leaves out the constant that the last one has to be.
-        strides = [view.t, 1]
+        rows = tl.maximum(length, 1)
+        # The declared types know no constants, which the width and the last stride have to be.
         src = tl.make_tensor_descriptor(
             ptr,
-            shape,
-            strides,
-            [ROWS, BLOCK_D],  # pyright: ignore[reportArgumentType]
+            [rows, D],  # pyright: ignore[reportArgumentType]
+            [view.t, 1],  # pyright: ignore[reportArgumentType]
+            [ROWS, BLOCK_D],
         )
     return src
 
@@ -399,23 +378,11 @@ def store_rows(
 
 
 @triton.jit
-def load_plane(plane, i, j, limits, I64: tl.constexpr):
-    """The tile of a Plane made by plane_at at positions i, j (either orientation), 0 beyond the
-    lengths; None for None."""
-    x = None
-    if plane is not None:
-        ptrs = plane.ptr + (offsets(i, plane.i, I64) + offsets(j, plane.j, I64))
-        x = tl.load(ptrs, mask=(i < limits.q_len) & (j < limits.k_len), other=0)
-    return x
-
-
-@triton.jit
-def load_slope(slopes, b, h):
-    """ALiBi's slope of head h of batch b in base 2; None for None."""
-    slope = None
-    if slopes is not None:
-        slope = tl.load(row_base(slopes, b, h)) * LOG2E
-    return slope
+def load_plane(plane, b, h, i, j, limits, I64: tl.constexpr):
+    """The tile of a Plane at positions i, j (either orientation), 0 beyond the lengths."""
+    ptr = plane.ptr + b.to(tl.int64) * plane.b + h.to(tl.int64) * plane.h
+    ptrs = ptr + (offsets(i, plane.i, I64) + offsets(j, plane.j, I64))
+    return tl.load(ptrs, mask=(i < limits.q_len) & (j < limits.k_len), other=0)
 
 
 @triton.jit

@@ -1,0 +1,386 @@
+"""What the attention launchers do before a launch: checks of the arguments, and the form in which
+the kernels take them."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .attention_table import Config
+from .tile import Plane, Row, Rule, View
+
+DTYPES = torch.float16, torch.bfloat16, torch.float32
+MAX_HEAD_DIM = 512
+MAX_LENGTH = 2**29
+# Half of the smallest second-level cache of the devices with a row in the table, 40 MB.
+CACHE_BYTES = 20 * 2**20
+
+# Arguments of the kernels that change from call to call: a kernel compiled for one value of them
+# serves every other.
+SIZES = (
+    *("threshold", "gain", "left", "right", "n_heads", "group", "max_q", "max_k"),
+    *("q_rows", "k_rows", "n_tiles", "section", "pairs"),
+)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a kernel is compiled for: a constant argument of it.
+
+    Attributes:
+        D, DV: head dimensions, in blocks BLOCK_D, BLOCK_DV.
+        BLOCK_M, BLOCK_N: queries and keys of a tile. STAGES: of the pipeline of loads.
+        TOP_LEFT: query i stands at key i, else the last query at the last key.
+        RAW: see tile_product. I64: see offsets. DESCRIPTORS: see source.
+        PRECISION: of fp32 products, "ieee" or "tf32".
+    """
+
+    D: int
+    DV: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    BLOCK_M: int
+    BLOCK_N: int
+    STAGES: int
+    TOP_LEFT: bool
+    RAW: bool
+    I64: bool
+    DESCRIPTORS: bool
+    PRECISION: str
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of seqkern::attention, checked.
+
+    Attributes:
+        B, H, Hkv, Tq, Tk, D, DV: sizes; Tq and Tk are max_q and max_k when packed.
+        left, right: the window with causal folded in, None where unbounded.
+        top_left: query i stands at key position i.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    q_lens: Tensor | None
+    k_lens: Tensor | None
+    slopes: Tensor | None
+    sinks: Tensor | None
+    seed: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    left: int | None
+    right: int | None
+    top_left: bool
+    softcap: float
+    dropout_p: float
+    scale: float
+    B: int
+    H: int
+    Hkv: int
+    Tq: int
+    Tk: int
+    D: int
+    DV: int
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_q is not None
+
+    def view(self, t: Tensor) -> View:
+        """Any (B, H, T, D) or packed (N, H, D) tensor as the kernels take it."""
+        b, h, t_, d = self.strides(t)
+        return View(t, b, h, t_, d)
+
+    def strides(self, t: Tensor) -> tuple[int, ...]:
+        """Strides of b, h, t, d of a dense or a packed tensor; 0 where the size is 1."""
+        if self.packed:
+            n, h, d = t.stride()
+            return 0, h, n, d
+        return t.stride()
+
+    def row(self, t: Tensor) -> Row:
+        """A contiguous (B, H, Tq) or packed (H, Nq) tensor: a number for each query."""
+        b, h = (0, t.stride(0)) if self.packed else t.stride()[:2]
+        return Row(t, b, h)
+
+    def new_output(self, like: Tensor, width: int) -> Tensor:
+        """Room for `width` numbers for each row of `like`, zero where no sequence is sure to
+        write."""
+        make = torch.zeros if self.packed else torch.empty
+        return make(*like.shape[:-1], width, dtype=like.dtype, device=like.device)
+
+    def new_rows(self, value: float) -> Tensor:
+        """Room for an fp32 number for each query, `value` where no sequence is sure to write."""
+        if self.packed:
+            shape = self.H, self.q.size(0)
+            return torch.full(shape, value, dtype=torch.float32, device=self.q.device)
+        shape = self.B, self.H, self.Tq
+        return torch.empty(shape, dtype=torch.float32, device=self.q.device)
+
+    def common(self) -> dict[str, Any]:
+        """The arguments that all kernels of the forward and the backward take."""
+        return {
+            "q": self.view(self.q),
+            "k": self.view(self.k),
+            "v": self.view(self.v),
+            "mask": plane(self.mask),
+            "bias": plane(self.bias),
+            "q_lens": self.q_lens,
+            "k_lens": self.k_lens,
+            "cu_q": self.cu_q,
+            "cu_k": self.cu_k,
+            "slopes": self._slopes(),
+            "rule": self._rule(),
+            "seed": self.seed,
+            "threshold": int(self.dropout_p * 2**32) if self.seed is not None else None,
+            "gain": 1 / (1 - self.dropout_p) if self.seed is not None else None,
+            "left": self.left,
+            "right": self.right,
+            "n_heads": self.H,
+            "group": self.H // self.Hkv,
+            "max_q": self.Tq,
+            "max_k": self.Tk,
+            "q_rows": self.q.size(0) if self.packed else 0,
+            "k_rows": self.k.size(0) if self.packed else 0,
+        }
+
+    def build(self, config: Config, *operands: Tensor) -> Build:
+        """What to compile a kernel for.
+
+        Args:
+            operands: the (B, H, T, D) tensors that it reads or writes besides q, k and v.
+        """
+        return Build(
+            self.D,
+            self.DV,
+            block_of(self.D),
+            block_of(self.DV),
+            config.block_m,
+            config.block_n,
+            config.num_stages,
+            self.top_left,
+            self.raw,
+            self.needs_int64(*operands),
+            config.descriptors and self.descriptors_fit(self.q, self.k, self.v, *operands),
+            precision(self.q.dtype),
+        )
+
+    @property
+    def raw(self) -> bool:
+        """Whether scores are products times a positive number and nothing else."""
+        return self.softcap == 0 and self.bias is None and self.slopes is None and self.scale > 0
+
+    def _rule(self) -> Rule:
+        log2e = 1 / math.log(2)
+        if self.softcap:
+            return Rule(self.scale / self.softcap, self.softcap * log2e)
+        return Rule(self.scale * log2e, None)
+
+    def _slopes(self) -> Row | None:
+        if self.slopes is None:
+            return None
+        b, h = (0, *self.slopes.stride())[-2:]
+        return Row(self.slopes, b, h)
+
+    def section(self, pairs: int, group: int) -> int:
+        """How many (batch, head) pairs run side by side: their keys and values fit the cache.
+
+        Args:
+            pairs: of the whole call. group: consecutive pairs that share keys and values.
+        """
+        if self.right is None:
+            return max(1, min(group, pairs))
+        size = self.Tk * (self.D + self.DV) * self.q.element_size()
+        return max(1, min(max(1, CACHE_BYTES // max(size, 1)) * group, pairs))
+
+    def descriptors_fit(self, *tensors: Tensor) -> bool:
+        """Whether the tensor memory accelerator can read rows of all these: contiguous rows, and
+        addresses and strides of whole 16 bytes."""
+
+        def fits(t: Tensor) -> bool:
+            size = t.element_size()
+            strides = self.strides(t)
+            whole = all(stride * size % 16 == 0 for stride in strides[:3])
+            return strides[3] == 1 and whole and t.data_ptr() % 16 == 0 and strides[2] > 0
+
+        return all(fits(t) for t in tensors)
+
+    def needs_int64(self, *more: Tensor) -> bool:
+        """Whether an offset within one (batch, head) pair can pass 31 bits."""
+        reaches = [
+            (self.Tq, self.strides(self.q)),
+            (self.Tk, self.strides(self.k)),
+            (self.Tk, self.strides(self.v)),
+            *((max(self.Tq, self.Tk), self.strides(t)) for t in more),
+        ]
+        far = [max(n, 1) * t + MAX_HEAD_DIM * d for n, (*_, t, d) in reaches]
+        far += [self.Tq * p.i + self.Tk * p.j for p in (plane(self.mask), plane(self.bias)) if p]
+        return max(far) >= 2**31
+
+
+def plane(t: Tensor | None) -> Plane | None:
+    """A 4-D mask or bias as the kernels take it; a boolean one as bytes."""
+    if t is None:
+        return None
+    strides = [0 if n == 1 else stride for n, stride in zip(t.shape, t.stride())]
+    return Plane(t.view(torch.uint8) if t.dtype == torch.bool else t, *strides)
+
+
+def block_of(width: int) -> int:
+    """The block that holds a head dimension: a power of two that a product can take."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of fp32 are computed: as torch.matmul would."""
+    # allow_tf32 says the same, but raises after somebody has set fp32_precision.
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device the current one for launches, and the place of the workspace in
+    which kernels make their descriptors."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=t.device)
+
+    triton.set_allocator(allocate)
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+# ---- checks -------------------------------------------------------------------------------
+
+
+def refuse(op: str, name: str, expected: str, got: object) -> None:
+    raise ValueError(f"{op}: {name} must be {expected}, got {got}")
+
+
+def check(
+    op, q, k, v, mask, bias, q_lens, k_lens, alibi_slopes, sinks, seed, cu_q, cu_k, causal,
+    window_left, window_right, softcap, dropout_p, scale, max_q, max_k,
+) -> Arguments:  # fmt: skip
+    """Checks the arguments of seqkern::attention, all but `deterministic`.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a rank, size, dtype, device or value does not fit; fp64 is refused.
+    """
+    packed = cu_q is not None
+    for name, t in {"q": q, "k": k, "v": v}.items():
+        _check_operand(op, name, t, q, 3 if packed else 4)
+    sizes = _sizes(op, q, k, v, cu_q, cu_k, max_q, max_k)
+    B, H, Tq, Tk = sizes["B"], sizes["H"], sizes["Tq"], sizes["Tk"]
+    for name, t in {"mask": mask, "bias": bias}.items():
+        _check_plane(op, name, t, q, (B, H, Tq, Tk))
+    if packed and (q_lens is not None or k_lens is not None):
+        raise ValueError(f"{op}: q_lens and k_lens must be None with cu_q, got lengths")
+    if (seed is None) != (dropout_p == 0):
+        refuse(op, "seed", f"{'a tensor' if dropout_p else 'None'} for dropout_p={dropout_p}", seed)
+    fp32, int32 = (torch.float32,), (torch.int32,)
+    _check_vector(op, "q_lens", q_lens, q, [(B,)], int32)
+    _check_vector(op, "k_lens", k_lens, q, [(B,)], int32)
+    _check_vector(op, "alibi_slopes", alibi_slopes, q, [(H,), (B, H)], fp32)
+    _check_vector(op, "sinks", sinks, q, [(H,)], (q.dtype, torch.float32))
+    _check_vector(op, "seed", seed, q, [(1,)], (torch.int64,))
+    if causal not in (None, "top_left", "bottom_right"):
+        refuse(op, "causal", "None, 'top_left' or 'bottom_right'", repr(causal))
+    if not 0 <= dropout_p < 1:
+        refuse(op, "dropout_p", "in [0, 1)", dropout_p)
+    if not 0 <= softcap < math.inf:
+        refuse(op, "softcap", "a finite number, positive or 0 for none", softcap)
+    if not math.isfinite(scale):
+        refuse(op, "scale", "finite", scale)
+    if causal is not None:
+        window_right = 0 if window_right < 0 else min(window_right, 0)
+    left, right = (None if not 0 <= w < Tq + Tk else w for w in (window_left, window_right))
+    return Arguments(
+        q, k, v, mask, bias, q_lens, k_lens, alibi_slopes, sinks, seed, cu_q, cu_k,
+        left, right, causal == "top_left", softcap, dropout_p, scale, **sizes,
+    )  # fmt: skip
+
+
+def _check_operand(op: str, name: str, t: Tensor, q: Tensor, rank: int) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+    form = "(N, H, D) with cu_q" if rank == 3 else "(B, H, T, D)"
+    if t.dim() != rank:
+        refuse(op, name, form, tuple(t.shape))
+    if t.dtype not in DTYPES:
+        refuse(op, name, "fp16, bf16 or fp32 (the reference serves fp64)", t.dtype)
+    if t.dtype != q.dtype or t.device != q.device:
+        refuse(op, name, f"{q.dtype} on {q.device} like q", f"{t.dtype} on {t.device}")
+    if not 1 <= t.size(-1) <= MAX_HEAD_DIM:
+        refuse(op, name, f"of a head dimension in [1, {MAX_HEAD_DIM}]", tuple(t.shape))
+
+
+def _sizes(op, q, k, v, cu_q, cu_k, max_q, max_k) -> dict[str, int]:
+    if (cu_q is None) != (cu_k is None):
+        raise ValueError(f"{op}: cu_q and cu_k must be given together, got one of them")
+    if cu_q is not None:
+        for name, cu in {"cu_q": cu_q, "cu_k": cu_k}.items():
+            if cu.dim() != 1 or cu.size(0) < 1:
+                refuse(op, name, "(B + 1,)", tuple(cu.shape))
+            _check_vector(op, name, cu, q, [tuple(cu_q.shape)], (torch.int32,))
+        B, form, kv = cu_q.size(0) - 1, "(Nk, Hkv, {})", tuple(k.shape[:2])
+    else:
+        B, form, kv = q.size(0), "(B, Hkv, Tk, {})", (q.size(0), *k.shape[1:3])
+        if (max_q, max_k) != (q.size(2), k.size(2)):
+            refuse(op, "max_q, max_k", f"{(q.size(2), k.size(2))}, Tq and Tk", (max_q, max_k))
+    D, DV = q.size(-1), v.size(-1)
+    if tuple(k.shape) != (*kv, D):
+        refuse(op, "k", f"{form.format('D')} = {(*kv, D)} to suit q", tuple(k.shape))
+    if tuple(v.shape) != (*kv, DV):
+        refuse(op, "v", f"{form.format('Dv')} = {(*kv, DV)} to suit k", tuple(v.shape))
+    H, Hkv = q.size(1), k.size(1)
+    if Hkv == 0 or H % Hkv:
+        refuse(op, "k", f"of a number of heads that divides the {H} of q", Hkv)
+    if not (0 <= max_q < MAX_LENGTH and 0 <= max_k < MAX_LENGTH):
+        refuse(op, "max_q, max_k", f"in [0, {MAX_LENGTH})", (max_q, max_k))
+    return {"B": B, "H": H, "Hkv": Hkv, "Tq": max_q, "Tk": max_k, "D": D, "DV": DV}
+
+
+def _check_plane(op: str, name: str, t: Tensor | None, q: Tensor, full: tuple[int, ...]) -> None:
+    if t is None:
+        return
+    dtypes = (torch.bool,) if name == "mask" else (q.dtype, torch.float32)
+    if t.dim() != 4 or any(n not in (1, m) for n, m in zip(t.shape, full)):
+        refuse(op, name, f"(B, H, Tq, Tk) = {full}, each 1 or full", tuple(t.shape))
+    if t.dtype not in dtypes or t.device != q.device:
+        expected = f"{' or '.join(map(str, dtypes))} on {q.device}"
+        refuse(op, name, expected, f"{t.dtype} on {t.device}")
+
+
+def _check_vector(op, name, t, q, shapes, dtypes) -> None:
+    if t is None:
+        return
+    if tuple(t.shape) not in shapes or t.dtype not in dtypes or t.device != q.device:
+        expected = (
+            f"{' or '.join(map(str, shapes))} of {' or '.join(map(str, dtypes))} on {q.device}"
+        )
+        refuse(op, name, expected, f"{tuple(t.shape)} of {t.dtype} on {t.device}")
+
+
+def check_gradients(
+    op: str, call: Arguments, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor
+) -> None:
+    """Checks what the backward takes besides the forward's arguments."""
+    q = call.q
+    rows = (call.H, q.size(0)) if call.packed else (call.B, call.H, call.Tq)
+    expected = {
+        "do": (do, (*q.shape[:-1], call.DV), q.dtype),
+        "o": (o, (*q.shape[:-1], call.DV), q.dtype),
+        "lse": (lse, rows, torch.float32),
+        "dlse": (dlse, rows, torch.float32),
+    }
+    for name, (t, shape, dtype) in expected.items():
+        if t is not None:
+            _check_vector(op, name, t, q, [shape], (dtype,))
