@@ -477,7 +477,7 @@ def test_explain() -> None:
     assert str(cell).startswith(f"layer 0: GRU bfloat16 T=1 B=2 I=3 H=5 D=1 on cpu: {kernel}")
     packed = pack_padded_sequence(x, [9, 4], batch_first=True)
     assert "T=ragged B=2" in str(seqkern.explain(layer, packed))
-    with pytest.raises(TypeError, match="recurrent layer"):
+    with pytest.raises(TypeError, match="must be recurrent"):
         seqkern.explain(torch.nn.Linear(3, 5), x)
     with pytest.raises(ValueError, match="2D or 3D"):
         seqkern.explain(layer, x[0, 0])

@@ -121,13 +121,14 @@ def _registrations(op: str, key: str) -> str:
 
 
 def serving(op: str, device: str) -> str:
-    """What runs `op` on `device` ("CPU" or "CUDA"): "C++", "Python kernel", "reference", "nothing".
+    """What runs `op` on `device` ("CPU" or "CUDA"): "C++", "Triton", "PyTorch", "reference" or
+    "nothing".
 
     A kernel under the device's own key comes before the reference, which is registered for all
-    devices.
+    devices. Those that Python registers are Triton's on a GPU, and PyTorch's own on the CPU.
     """
     if own := _registrations(op, device):
-        return "Python kernel" if ".py:" in own else "C++"
+        return ("Triton" if device == "CUDA" else "PyTorch") if ".py:" in own else "C++"
     return "reference" if _registrations(op, "CompositeExplicitAutograd[alias]") else "nothing"
 
 

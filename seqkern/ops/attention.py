@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from seqkern.ops._attention_autograd import DERIVED, Attention
-from seqkern.ops._attention_checks import check_attention, check_qkv
+from seqkern.ops._attention_checks import check_attention, check_lengths, check_qkv
 from seqkern.ops._attention_ops import choose
 from seqkern.ops._checks import check_tensor
 from seqkern.reference import attention as reference
@@ -86,10 +86,10 @@ def attention(
         (causal, window, softcap, dropout_p, dropout_seed, scale),
         (q.size(2), k.size(2), deterministic),
     )
-    if args[9] is not None and dropout_seed is None and not return_lse:
-        dropped = _with_torch_dropout(args)
-        if dropped is not None:
-            return dropped
+    if dropout_p and dropout_seed is None:
+        if not return_lse and _dropout_is_torchs(args):
+            return _with_torch_dropout(args)
+        args = _with_seed(args)
     o, lse = call(args)
     return (o, lse) if return_lse else o
 
@@ -153,6 +153,8 @@ def attention_varlen(
         (causal, window, softcap, dropout_p, dropout_seed, scale),
         (_longest(cu_q, max_q), _longest(cu_k, max_k), deterministic),
     )
+    if dropout_p and dropout_seed is None:
+        args = _with_seed(args)
     o, lse = call(args)
     if nested:
         o = torch.nested.nested_tensor_from_jagged(o, offsets)
@@ -266,7 +268,9 @@ def _normal_form(name: str, tensors: tuple, options: tuple, sizes: tuple) -> tup
         raise ValueError(f"{name}: softcap must be positive, or None for none, got {softcap}")
     if scale is None:
         scale = q.size(-1) ** -0.5 if q.size(-1) else 1.0
-    seed = _seed(name, q, dropout_seed) if dropout_p else None
+    seed = None
+    if dropout_p and dropout_seed is not None:
+        seed = _seed(name, q, dropout_seed)
     q_lens, k_lens, cu_q, cu_k = (_int32(t) for t in (*lens, cu_q, cu_k))
     extras = mask, bias, q_lens, k_lens, slopes, sinks, seed, cu_q, cu_k
     rule = causal, left, right, float(softcap or 0), float(dropout_p), float(scale)
@@ -296,9 +300,7 @@ def _window(name: str, window) -> tuple[int, int]:
     return left, right
 
 
-def _seed(name: str, q: Tensor, seed: int | Tensor | None) -> Tensor:
-    if seed is None:
-        return torch.randint(2**62, (1,), device=q.device)
+def _seed(name: str, q: Tensor, seed: int | Tensor) -> Tensor:
     if isinstance(seed, Tensor):
         return seed
     if not isinstance(seed, int):
@@ -322,7 +324,8 @@ def _longest(cu: Tensor, given: int | None) -> int:
     if given is not None:
         return given
     lens = cu.diff()
-    return int(lens.max()) if lens.numel() else 0
+    # Bounds that fall are for the checks of the op to refuse.
+    return max(int(lens.max()), 0) if lens.numel() else 0
 
 
 def _unnest(name: str, argument: str, t: Any) -> tuple[Tensor, Tensor]:
@@ -387,13 +390,23 @@ def _recorded(tensors) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _with_torch_dropout(args: tuple) -> Tensor | None:
-    """On the CPU, without a seed to keep to: PyTorch's own dropout, and its generator's numbers.
-    Philox in Python operations costs many times as much there."""
-    check_attention("attention", *args)
+def _with_seed(args: tuple) -> tuple:
+    """The arguments with a seed drawn from PyTorch's generator of their device."""
+    seed = torch.randint(2**62, (1,), device=args[0].device)
+    return *args[:9], seed, *args[10:]
+
+
+def _dropout_is_torchs(args: tuple) -> bool:
+    """Whether PyTorch's own dropout serves, with its generator's numbers: on the CPU, where Philox
+    in PyTorch operations costs many times as much, when no seed has to be kept to."""
     without = *args[:9], None, *args[10:16], 0.0, *args[17:]
-    if args[0].device.type != "cpu" or choose(without).kernel != "torch" or args[10] is not None:
-        return None
+    return args[0].device.type == "cpu" and choose(without).kernel == "torch" and args[10] is None
+
+
+def _with_torch_dropout(args: tuple) -> Tensor:
+    unused: tuple[Any, ...] = *args[:9], args[0].new_zeros(1, dtype=torch.int64), *args[10:]
+    check_attention("attention", *unused)
+    check_lengths("attention", *args)
     q, k, v, mask, bias, q_lens, k_lens, slopes, *_, causal, left, right, _, p, scale, _, _, _ = (
         args
     )

@@ -1,12 +1,13 @@
-"""Says which kernel a recurrent layer takes for an input, and why."""
+"""Says which kernel a layer or a function takes for an input, and why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from seqkern.ops._attention_explain import AttentionExplanation, explain_attention
 from seqkern.ops.choice import Choice, Sizes, choose, has_native_kernel
 from seqkern.ops.recurrent import needs_grad
 
@@ -41,34 +42,49 @@ class Explanation:
         )
 
 
-class Explanations(tuple[Explanation, ...]):
-    """One Explanation for each layer of a stack; str() gives one line for each."""
+class Explanations(tuple[Explanation | AttentionExplanation, ...]):
+    """One for each layer of a stack, or for each attention; str() gives one line for each."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
 
 
-def explain(layer: Any, input: Tensor | PackedSequence) -> Explanations:
-    """Which kernel computes `layer(input)` as things stand now, and why.
+def explain(layer: Any, *inputs: Any, **options: Any) -> Explanations:
+    """Which kernel computes `layer(*inputs, **options)` as things stand now, and why.
 
     The answer holds for the present grad mode, autocast and deterministic settings, and comes
     from the function that dispatches; nothing is run.
 
     Args:
-        layer: a recurrent layer or cell of seqkern.nn, a torch.nn.Module.
-        input: what the layer would be called with: (T, B, I), (B, T, I) if batch_first, (T, I)
-            or a PackedSequence; (B, I) or (I,) for a cell.
+        layer: a recurrent layer or cell of seqkern.nn or torch.nn; or a module or a function that
+            attends, such as seqkern.attention or seqkern.nn.MultiheadAttention.
+        inputs: what it would be called with. A recurrent layer needs no states: (T, B, I),
+            (B, T, I) if batch_first, (T, I) or a PackedSequence; a cell (B, I) or (I,).
+        options: keywords of the call.
 
     Returns:
-        One Explanation for each layer of the stack, a tuple whose str() is readable.
+        One Explanation for each layer of the stack, or one AttentionExplanation for each attention
+        in the order of the calls: a tuple whose str() is readable.
 
     Raises:
-        TypeError: `layer` is not recurrent, or `input` is neither a Tensor nor a PackedSequence.
+        TypeError: `layer` is not recurrent and does not attend, or the input of a recurrent one
+            is neither a Tensor nor a PackedSequence.
         ValueError: `input` has the wrong number of dimensions.
     """
+    if isinstance(layer, torch.nn.RNNCellBase | torch.nn.RNNBase):
+        if not inputs:
+            raise TypeError("explain: input must be given after the layer")
+        return _explain_recurrent(layer, inputs[0])
+    if not callable(layer):
+        raise TypeError(f"explain: layer must be a module or function, got {type(layer).__name__}")
+    if not (calls := explain_attention(layer, inputs, options)):
+        name = getattr(layer, "__name__", type(layer).__name__)
+        raise TypeError(f"explain: layer must be recurrent or attend, and {name} does neither")
+    return Explanations(calls)
+
+
+def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanations:
     cell = isinstance(layer, torch.nn.RNNCellBase)
-    if not cell and not isinstance(layer, torch.nn.RNNBase):
-        raise TypeError(f"explain: layer must be a recurrent layer, got {type(layer).__name__}")
     ragged = isinstance(input, PackedSequence)
     x = input.data if isinstance(input, PackedSequence) else input
     if not isinstance(x, Tensor):
@@ -83,6 +99,9 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Explanations:
     dtype, device = _compute_dtype(x), x.device.type
     grad = needs_grad(x, x, None, weights)
     op = "recurrent" if grad else "recurrent_inference"
+    snapshot = not grad and getattr(layer, "_packed", None) is not None
+    if not cell and snapshot and layer._is_direct(input):
+        op = "recurrent_prepacked"
     lines = []
     for i in range(getattr(layer, "num_layers", 1)):
         inputs = x.size(-1) if i == 0 else directions * (proj or layer.hidden_size)
@@ -98,6 +117,8 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Explanations:
             native=has_native_kernel(op, device),
         )
         name = "aten::lstm" if choice.kernel == "onednn" else f"seqkern::{op}"
+        if snapshot:
+            choice = replace(choice, reason=f"{choice.reason}; on the weights of prepack()")
         cpu = _instructions(choice, device)
         lines.append(
             Explanation(i, name, mode, dtype, device, sizes, choice.kernel, choice.reason, cpu)

@@ -1,0 +1,87 @@
+"""Says which kernels the attentions of a function or a module take."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqkern.ops._attention_ops import choose
+from seqkern.ops.choice import Choice
+
+_BY_PYTORCH = Choice("torch", "PyTorch's own function means the same and serves without a seed")
+
+
+@dataclass(frozen=True)
+class AttentionExplanation:
+    """What one attention runs; str() gives it in one line.
+
+    op: the operator that is called.
+    q, k, v: the shapes, in the order of the op.
+    kernel, reason: see `seqkern.ops._attention_ops.choose`.
+    """
+
+    op: str
+    dtype: torch.dtype
+    device: str
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        shapes = " ".join(f"{n} {getattr(self, n)}" for n in "qkv")
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"attention: {dtype} {shapes} on {self.device}: {self.kernel} through {self.op}; "
+            f"{self.reason}"
+        )
+
+
+class _Ops(TorchDispatchMode):
+    """Sees seqkern's ops, which autograd and functions of PyTorch have come down to."""
+
+    def __init__(self, calls: list[AttentionExplanation]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.seqkern.attention.default:
+            self.calls.append(_explanation("seqkern::attention", args, choose(args)))
+        return func(*args, **(kwargs or {}))
+
+
+class _Functions(TorchFunctionMode):
+    """Sees PyTorch's own function before it is taken apart."""
+
+    def __init__(self, calls: list[AttentionExplanation]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            op = "aten::scaled_dot_product_attention"
+            self.calls.append(_explanation(op, args, _BY_PYTORCH))
+        return func(*args, **(kwargs or {}))
+
+
+def _explanation(op: str, args, choice: Choice) -> AttentionExplanation:
+    q, k, v = (tuple(t.shape) for t in args[:3])
+    dtype, device = args[0].dtype, args[0].device.type
+    return AttentionExplanation(op, dtype, device, q, k, v, choice.kernel, choice.reason)
+
+
+def explain_attention(
+    function: Callable[..., Any], args: tuple, kwargs: dict
+) -> list[AttentionExplanation]:
+    """The attentions of function(*args, **kwargs), in order; shapes are followed, nothing is
+    computed and nothing is changed."""
+    calls: list[AttentionExplanation] = []
+    with FakeTensorMode(allow_non_fake_inputs=True), _Ops(calls), _Functions(calls):
+        function(*args, **kwargs)
+    return calls

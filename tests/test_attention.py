@@ -1,0 +1,357 @@
+"""seqkern's attention functions: PyTorch as the peer, each argument's meaning, bad arguments."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import seqkern
+from seqkern.reference import attention as reference
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return torch.randn(shape, dtype=dtype, requires_grad=grad)
+
+
+def qkv(B=2, H=4, Hkv=4, Tq=7, Tk=9, D=8, Dv=8, **options) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv)
+    q, k, v = (draw(*size, **options) for size in sizes)
+    return q, k, v
+
+
+# ---- scaled_dot_product_attention ---------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    leading=st.sampled_from([(), (3,), (2, 3), (2, 1, 3)]),
+    sizes=st.tuples(*[st.integers(1, 6)] * 4),
+    mask=st.sampled_from(["none", "bool", "float", "row", "causal"]),
+    scale=st.sampled_from([None, 0.5]),
+)
+def test_sdpa_is_pytorchs(leading, sizes, mask, scale) -> None:
+    """Values and gradients, over ranks, sizes and masks; float64, so that all paths agree."""
+    Tq, Tk, D, Dv = sizes
+    inputs = [
+        draw(*leading, T, d, dtype=torch.float64, grad=True)
+        for T, d in ((Tq, D), (Tk, D), (Tk, Dv))
+    ]
+    masks = {
+        "bool": torch.rand(*leading[-1:], Tq, Tk) > 0.3,
+        "float": draw(Tq, Tk, dtype=torch.float64),
+        "row": draw(*leading, 1, Tk, dtype=torch.float64),
+    }
+    options = {"scale": scale, "is_causal": mask == "causal", "attn_mask": masks.get(mask)}
+    ours = seqkern.scaled_dot_product_attention(*inputs, **options)
+    theirs = F.scaled_dot_product_attention(*inputs, **options)
+    torch.testing.assert_close(ours, theirs)
+    do = torch.randn_like(theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, inputs, do), torch.autograd.grad(theirs, inputs, do)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(
+            seqkern.scaled_dot_product_attention(*inputs, **options), theirs.detach()
+        )
+
+
+def test_sdpa_groups_heads_on_demand() -> None:
+    q, k, v = qkv(Hkv=2)
+    ours = seqkern.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    with pytest.raises(ValueError, match="enable_gqa"):
+        seqkern.scaled_dot_product_attention(q, k, v)
+
+
+def test_sdpa_derives_twice() -> None:
+    """Where PyTorch's own kernel on the CPU does not."""
+    inputs = qkv(Tq=3, Tk=3, D=4, Dv=4, dtype=torch.float64, grad=True)
+    mask = draw(1, 4, 3, 3, dtype=torch.float64, grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda q, k, v, m: seqkern.scaled_dot_product_attention(q, k, v, m), (*inputs, mask)
+    )
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_dropout_without_a_seed_is_pytorchs_on_the_cpu(grad: bool) -> None:
+    q, k, v = qkv(grad=grad)
+    torch.manual_seed(3)
+    ours = seqkern.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+    torch.manual_seed(3)
+    theirs = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(ours, F.scaled_dot_product_attention(q, k, v), atol=1e-2)
+    dropped = seqkern.scaled_dot_product_attention(q, k, v, dropout_p=1.0)
+    assert torch.equal(dropped, torch.zeros_like(ours))
+
+
+def test_fully_masked_rows_are_zero_and_take_no_gradient() -> None:
+    inputs = qkv(grad=True)
+    mask = torch.ones(2, 1, 7, 9, dtype=torch.bool)
+    mask[0, :, 3] = False
+    mask[1] = False
+    for bias in (mask, torch.zeros(2, 1, 7, 9).masked_fill(~mask, -torch.inf)):
+        o = seqkern.scaled_dot_product_attention(*inputs, bias)
+        assert torch.equal(o[0, :, 3], torch.zeros(4, 8))
+        assert torch.equal(o[1], torch.zeros(4, 7, 8))
+        dq, dk, dv = torch.autograd.grad(o.sum(), inputs)
+        assert not any(g.isnan().any() for g in (dq, dk, dv))
+        assert not dq[0, :, 3].any()
+        assert not dk[1].any()
+
+
+# ---- attention ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [None, "top_left", "bottom_right"])
+def test_padding_is_never_read(causal: str | None) -> None:
+    """NaN beyond the lengths changes nothing, and a row equals the same row alone, unpadded."""
+    q, k, v = qkv()
+    q_lens, k_lens = torch.tensor([5, 7]), torch.tensor([9, 4])
+    do = torch.randn(2, 4, 7, 8)
+    for b in range(2):
+        q[b, :, q_lens[b] :] = torch.nan
+        k[b, :, k_lens[b] :] = torch.nan
+        v[b, :, k_lens[b] :] = torch.nan
+        do[b, :, q_lens[b] :] = torch.nan
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    options = {"causal": causal, "return_lse": True}
+    o, lse = seqkern.attention(q, k, v, q_lens=q_lens, k_lens=k_lens, **options)
+    grads = torch.autograd.grad(o, (q, k, v), do)
+    for b in range(2):
+        n, m = int(q_lens[b]), int(k_lens[b])
+        alone = [t[b : b + 1, :, :length].detach() for t, length in ((q, n), (k, m), (v, m))]
+        alone = [t.requires_grad_() for t in alone]
+        o_alone, lse_alone = seqkern.attention(*alone, **options)
+        torch.testing.assert_close(o[b : b + 1, :, :n], o_alone)
+        torch.testing.assert_close(lse[b : b + 1, :, :n], lse_alone)
+        assert not o[b, :, n:].any()
+        assert (lse[b, :, n:] == -torch.inf).all()
+        for g, one, length in zip(
+            grads, torch.autograd.grad(o_alone, alone, do[b : b + 1, :, :n]), (n, m, m)
+        ):
+            torch.testing.assert_close(g[b : b + 1, :, :length], one)
+            assert not g[b, :, length:].any()
+
+
+def test_alignment_of_unequal_lengths() -> None:
+    """Zero queries and keys make every row the mean of the values it sees."""
+    v = torch.arange(1.0, 6.0).view(1, 1, 5, 1)
+    q, k = torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 5, 1)
+    seen = {
+        ("top_left", None): [[1], [1, 2], [1, 2, 3]],
+        ("bottom_right", None): [[1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]],
+        ("bottom_right", (1, None)): [[2, 3], [3, 4], [4, 5]],
+        (None, (0, 1)): [[3, 4], [4, 5], [5]],
+        ("top_left", (1, 0)): [[1], [1, 2], [2, 3]],
+        (None, None): [[1, 2, 3, 4, 5]] * 3,
+    }
+    for (causal, window), values in seen.items():
+        o = seqkern.attention(q, k, v, causal=causal, window=window)
+        expected = [sum(row) / len(row) for row in values]
+        torch.testing.assert_close(o.flatten(), torch.tensor(expected))
+
+
+def test_a_seed_decides_what_is_dropped() -> None:
+    q, k, v = qkv(Tq=40, Tk=50)
+    runs = [
+        seqkern.attention(q, k, v, dropout_p=0.3, dropout_seed=seed)
+        for seed in (5, torch.tensor([5]), 6)
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    kept = reference.keep_mask(torch.tensor([5]), (2, 4, 40, 50), 0.3).float().mean()
+    # Five standard deviations of the mean of 16,000 draws.
+    assert abs(kept - 0.7) < 5 * (0.21 / 16000) ** 0.5
+
+
+def test_philox_against_its_published_test_vector() -> None:
+    """Salmon et al. 2011, kat_vectors of Philox-4x32 with 7 rounds: counter and key all ones."""
+    ones = torch.tensor(0xFFFFFFFF)
+    zero = torch.tensor(0)
+    assert reference._philox((zero,) * 4, (zero, zero)).item() == 0x5F6FB709
+    assert reference._philox((ones,) * 4, (ones, ones)).item() == 0x5207DDC2
+
+
+@pytest.mark.parametrize("causal", [None, "top_left", "bottom_right"])
+def test_packed_equals_padded(causal: str | None) -> None:
+    lens = (3, 0, 7), (5, 2, 0)
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0) for n in lens)
+    q, k, v = draw(10, 4, 8), draw(7, 2, 8), draw(7, 2, 6)
+    bias = draw(3, 1, 1, 5, grad=True)
+    options = {"causal": causal, "bias": bias, "softcap": 3.0, "return_lse": True}
+    dropout = {"dropout_p": 0.3, "dropout_seed": 4}
+    o, lse = seqkern.attention_varlen(q, k, v, cu_q, cu_k, **options, **dropout)
+    padded, padded_lse = seqkern.attention(
+        *(torch.nn.utils.rnn.pad_sequence(t.split(n), True).transpose(1, 2)
+          for t, n in ((q, lens[0]), (k, lens[1]), (v, lens[1]))),
+        q_lens=torch.tensor(lens[0]),
+        k_lens=torch.tensor(lens[1]),
+        **options,
+        **dropout,
+    )  # fmt: skip
+    for b, n in enumerate(lens[0]):
+        rows = slice(int(cu_q[b]), int(cu_q[b]) + n)
+        torch.testing.assert_close(o[rows], padded[b, :, :n].transpose(0, 1))
+        torch.testing.assert_close(lse[:, rows], padded_lse[b, :, :n])
+
+
+def test_nested_tensors_of_the_jagged_layout() -> None:
+    rows = [draw(n, 4, 8) for n in (3, 5, 1)]
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+    o = seqkern.attention_varlen(nested, nested, nested, causal="top_left")
+    (grad,) = torch.autograd.grad(o.values().sum(), nested)
+    for one, result, g in zip(rows, o.unbind(), grad.unbind()):
+        x = one.transpose(0, 1)[None].requires_grad_()
+        expected = seqkern.attention(x, x, x, causal="top_left")
+        torch.testing.assert_close(result.transpose(0, 1)[None], expected)
+        (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+        torch.testing.assert_close(g.transpose(0, 1)[None], expected_grad)
+
+
+def test_heads_that_were_split_off_a_projection_join_without_a_copy() -> None:
+    x = draw(2, 7, 3, 4, 8)
+    q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+    for options in ({}, {"softcap": 2.0}):
+        o = seqkern.attention(q, k, v, **options)
+        assert o.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, None), (None, 2, 0)])
+def test_vmap(in_dims) -> None:
+    shapes = (2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 8)
+    inputs = []
+    for shape, dim in zip(shapes, in_dims):
+        inputs.append(draw(*shape) if dim is None else draw(*shape[:dim], 3, *shape[dim:]))
+
+    def attend(q, k, v):
+        return seqkern.attention(
+            q, k, v, causal="bottom_right", k_lens=torch.tensor([5, 2]), return_lse=True
+        )
+
+    o, lse = torch.vmap(attend, in_dims)(*inputs)
+    for i in range(3):
+        one = [t if d is None else t.select(d, i) for t, d in zip(inputs, in_dims)]
+        torch.testing.assert_close((o[i], lse[i]), attend(*one))
+
+
+def test_per_sample_gradients() -> None:
+    q, k, v = qkv(B=3, Tq=4, Tk=5)
+
+    def loss(q, k, v):
+        return seqkern.attention(q[None], k[None], v[None], softcap=2.0).pow(2).sum()
+
+    per_sample = torch.vmap(torch.func.grad(loss, (0, 1, 2)))(q, k, v)
+    for i in range(3):
+        torch.testing.assert_close(
+            tuple(g[i] for g in per_sample), torch.func.grad(loss, (0, 1, 2))(q[i], k[i], v[i])
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_forward_mode() -> None:
+    q, k, v = qkv(Tq=3, Tk=4, dtype=torch.float64)
+    tangent = torch.randn_like(q)
+    _, derived = torch.func.jvp(lambda q: seqkern.attention(q, k, v), (q,), (tangent,))
+    eps = 1e-6
+    ends = [seqkern.attention(q + sign * eps * tangent, k, v) for sign in (1, -1)]
+    torch.testing.assert_close(derived, (ends[0] - ends[1]) / (2 * eps), rtol=1e-5, atol=1e-7)
+
+
+def test_export() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, lens):
+            return seqkern.attention(q, k, v, k_lens=lens, causal="bottom_right")
+
+    inputs = (*qkv(), torch.tensor([9, 4], dtype=torch.int32))
+    exported = torch.export.export(Model(), inputs).module()
+    torch.testing.assert_close(exported(*inputs), Model()(*inputs))
+
+
+# ---- what is refused ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"causal": True}, TypeError, "top_left"),
+        ({"causal": "left"}, ValueError, "causal must be"),
+        ({"mask": torch.ones(7, 8, dtype=torch.bool)}, ValueError, "mask must broadcast"),
+        ({"mask": torch.ones(7, 9)}, ValueError, "mask must be boolean"),
+        ({"mask": torch.ones(1, 1, 1, 7, 9, dtype=torch.bool)}, ValueError, "mask must broadcast"),
+        ({"bias": torch.ones(7, 9, dtype=torch.float64)}, ValueError, "bias must be"),
+        ({"bias": torch.ones(7, 9, dtype=torch.int64)}, ValueError, "bias must be floating"),
+        ({"bias": 1.0}, TypeError, "bias must be a Tensor"),
+        ({"k_lens": torch.tensor([9.0, 9.0])}, ValueError, "k_lens must be"),
+        ({"k_lens": torch.tensor([9])}, ValueError, r"k_lens must be \(2,\)"),
+        ({"k_lens": torch.tensor([9, 10])}, ValueError, r"within \[0, 9\], got \[9, 10\]"),
+        ({"q_lens": torch.tensor([-1, 2])}, ValueError, "q_lens must be within"),
+        ({"window": 3}, TypeError, "window must be"),
+        ({"window": (-2, 0)}, ValueError, "window must hold"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks must be \(4,\)"),
+        ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes must be"),
+        ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "no gradient"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p must be in"),
+        ({"dropout_p": 0.5, "dropout_seed": "x"}, TypeError, "dropout_seed must be"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_bad_options(change: dict, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        seqkern.attention(*qkv(), **change)
+
+
+def test_bad_tensors() -> None:
+    q, k, v = qkv()
+    attend = seqkern.attention
+    for args, error, match in [
+        ((q[0], k, v), ValueError, r"q must be \(B, H, T, D\)"),
+        ((q, k.double(), v), ValueError, "one floating-point dtype"),
+        ((q, k[:1], v), ValueError, "one batch size"),
+        ((q, k[..., :4], v), ValueError, "head size 8 of q"),
+        ((q, k, v[:, :, :3]), ValueError, "length of k"),
+        ((q, k[:, :3], v[:, :3]), ValueError, "multiple of the 3"),
+        ((q, k, None), TypeError, "v must be a Tensor"),
+        ((q.long(), k.long(), v.long()), ValueError, "floating-point"),
+    ]:
+        with pytest.raises(error, match=match):
+            attend(*args)
+    packed = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+    cu = torch.tensor([0, 7, 14]), torch.tensor([0, 9, 18])
+    assert seqkern.attention_varlen(*packed, *cu).shape == (14, 4, 8)
+    for bounds, match in [
+        ((None, cu[1]), "must be given"),
+        ((cu[0], cu[1][:2]), r"cu_k must be \(3,\)"),
+        ((cu[0] + 1, cu[1]), "must rise from 0"),
+        ((cu[0], cu[1].flip(0)), "must rise from 0"),
+        ((*cu, 6, 9), "max_q must be at least"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            seqkern.attention_varlen(*packed, *bounds)
+
+
+def test_raw_op_checks_again() -> None:
+    """torch.ops.seqkern is open to anyone, and PyTorch's kernel divides by sizes of 0."""
+    q, k, v = qkv()
+    rest = None, -1, -1, 0.0, 0.0, 1.0
+    with pytest.raises(ValueError, match="max_q, max_k must be"):
+        torch.ops.seqkern.attention(q, k, v, *[None] * 9, *rest, 7, 8, True)
+    o, lse = torch.ops.seqkern.attention(
+        q, k[:, :, :0], v[:, :, :0], *[None] * 9, *rest, 7, 0, True
+    )
+    assert not o.any()
+    assert (lse == -torch.inf).all()
+
+
+def test_explain() -> None:
+    q, k, v = qkv()
+    (plain,) = seqkern.explain(seqkern.attention, q, k, v, causal="bottom_right")
+    assert plain.kernel == "torch"
+    (capped,) = seqkern.explain(seqkern.attention, q, k, v, softcap=2.0)
+    assert capped.kernel == "reference"
+    assert "softcap" in str(capped)
+    (dropped,) = seqkern.explain(seqkern.scaled_dot_product_attention, q, k, v, dropout_p=0.1)
+    assert "aten::scaled_dot_product_attention" in str(dropped)
