@@ -271,6 +271,14 @@ def test_modes_alternate_and_leave_no_trace():
     assert (dict(vars(tl.tensor)), JITFunction.run) == (members, run)
 
 
+def test_nothing_stays_patched_after_a_fault():
+    load, run = vars(tl)["load"], JITFunction.run
+    x = torch.ones(100)
+    with pytest.raises(KernelFault), interpreted(toys):
+        toys.too_far_kernel[(2,)](x, x, 100, BLOCK=64)
+    assert (vars(tl)["load"], JITFunction.run) == (load, run)
+
+
 def test_only_the_named_modules_are_interpreted():
     x = torch.ones(16)
     with pretend_gpu(90) as launches, interpreted(np):
