@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seqkern.ops.choice import has_native_kernel
-from seqkern.testing import OpCase, all_cases, assert_within_budget, neighbours
+from seqkern.testing import OpCase, all_cases, assert_matches_reference, cotangents, named
 
 CASES = all_cases()
 SMALL = [case for case in CASES if case.small]
@@ -55,33 +55,6 @@ def leaves(case: OpCase, dtype: torch.dtype, grad: bool = True) -> list[Tensor]:
     return [t.requires_grad_(grad) for t in case.tensors(dtype)]
 
 
-def cotangents(results: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    draws = [torch.rand(t.shape, generator=generator, dtype=torch.float64) - 0.5 for t in results]
-    return tuple(t.to(dtype) for t in draws)
-
-
-def named(results: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    names = {f"result {i}": t for i, t in enumerate(results)}
-    return names | {f"gradient {i}": t for i, t in enumerate(gradients)}
-
-
-def check_against_reference(case: OpCase, actual, inputs, grads, dtype: torch.dtype) -> None:
-    """`actual` results and gradients, or results alone, against the reference."""
-    inputs, n = [t.detach() for t in inputs], len(inputs)
-
-    def reference_in(dtype: torch.dtype, tensors) -> dict[str, Tensor]:
-        tensors = tuple(t.to(dtype) for t in tensors)
-        results = named(*case.reference(tensors[:n], tensors[n:]))
-        return {name: results[name] for name in actual}
-
-    # float64 has no more exact reference: see seqkern.testing.tolerance.
-    other = torch.float32 if dtype == torch.float64 else dtype
-    rounded = [t.to(other) for t in (*inputs, *grads)]
-    runs = [reference_in(other, tensors) for tensors in neighbours(rounded)]
-    assert_within_budget(actual, reference_in(torch.float64, (*inputs, *grads)), runs, dtype)
-
-
 @every_dtype
 @every_kernel
 def test_values_and_gradients(case: OpCase, dtype: torch.dtype, capability: str) -> None:
@@ -89,7 +62,7 @@ def test_values_and_gradients(case: OpCase, dtype: torch.dtype, capability: str)
     out = case.op(*inputs)
     grads = cotangents(out, dtype)
     actual = named(out, torch.autograd.grad(out, inputs, grads))
-    check_against_reference(case, actual, inputs, grads, dtype)
+    assert_matches_reference(case, actual, inputs, grads, dtype)
 
 
 @every_dtype
@@ -99,7 +72,7 @@ def test_inference(case: OpCase, dtype: torch.dtype, capability: str) -> None:
     with torch.no_grad():
         out = case.op(*inputs)
     assert not any(t.requires_grad for t in out)
-    check_against_reference(case, named(out, ()), inputs, cotangents(out, dtype), dtype)
+    assert_matches_reference(case, named(out, ()), inputs, cotangents(out, dtype), dtype)
 
 
 @every_case

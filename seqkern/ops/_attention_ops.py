@@ -62,6 +62,8 @@ def choose(args: tuple, *, dlse: bool = False) -> Choice:
         return Choice("reference", "Triton is not installed")
     if q.dtype == torch.float64:
         return Choice("reference", "the kernels add up in float32, too coarse for float64")
+    if 0 in (q.size(-1), v.size(-1), args[1].size(1)):
+        return Choice("reference", "there is nothing to compute")
     if max(q.size(-1), v.size(-1)) > MAX_HEAD:
         return Choice("reference", f"a head over {MAX_HEAD} does not fit a block's memory")
     return Choice("triton", "seqkern's own kernels serve every feature on this device")

@@ -271,6 +271,8 @@ def _normal_form(name: str, tensors: tuple, options: tuple, sizes: tuple) -> tup
     seed = None
     if dropout_p and dropout_seed is not None:
         seed = _seed(name, q, dropout_seed)
+    if isinstance(slopes, Tensor) and slopes.dtype.is_floating_point:
+        slopes = slopes.float()
     q_lens, k_lens, cu_q, cu_k = (_int32(t) for t in (*lens, cu_q, cu_k))
     extras = mask, bias, q_lens, k_lens, slopes, sinks, seed, cu_q, cu_k
     rule = causal, left, right, float(softcap or 0), float(dropout_p), float(scale)

@@ -1,7 +1,11 @@
 """Cases and tolerances for testing the ops, shared by tests, benchmarks and users."""
 
+from seqkern.testing.attention import attention_case as attention_case
 from seqkern.testing.cases import OpCase as OpCase
 from seqkern.testing.cases import all_cases as all_cases
+from seqkern.testing.compare import assert_matches_reference as assert_matches_reference
+from seqkern.testing.compare import cotangents as cotangents
+from seqkern.testing.compare import named as named
 from seqkern.testing.recurrent import recurrent_case as recurrent_case
 from seqkern.testing.tolerance import assert_within_budget as assert_within_budget
 from seqkern.testing.tolerance import error_budget as error_budget
@@ -10,8 +14,12 @@ from seqkern.testing.tolerance import neighbours as neighbours
 __all__ = [
     "OpCase",
     "all_cases",
+    "assert_matches_reference",
     "assert_within_budget",
+    "attention_case",
+    "cotangents",
     "error_budget",
+    "named",
     "neighbours",
     "recurrent_case",
 ]

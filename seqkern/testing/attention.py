@@ -65,18 +65,22 @@ def attention_case(
     def arguments(inputs: Tensors) -> tuple[Any, ...]:
         q, k, v, *others = inputs
         args: list = [None] * 12
+
+        def there(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(q.device)
+
         args[:3] = q, k, v
         if bias is not None:
             args[BIAS] = others.pop(0)
         if options.get("sinks"):
             args[SINKS] = others.pop(0)
-        args[3], args[7] = mask, slopes
+        args[3], args[7] = there(mask), there(slopes)
         if lens is not None:
-            args[5], args[6] = map(int32, lens)
+            args[5], args[6] = (there(int32(n)) for n in lens)
         if options.get("dropout_p"):
-            args[9] = torch.tensor([2**40 + 17])
+            args[9] = there(torch.tensor([2**40 + 17]))
         if packed is not None:
-            args[10], args[11] = (int32([0, *n]).cumsum(0).int() for n in packed)
+            args[10], args[11] = (there(int32([0, *n]).cumsum(0).int()) for n in packed)
         sides = options.get("window_left", -1), options.get("window_right", -1)
         factors = options.get("softcap", 0.0), options.get("dropout_p", 0.0), D**-0.5
         return *args, options.get("causal"), *sides, *factors, Tq, Tk, True
