@@ -63,10 +63,13 @@ pytest() { OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$ENVIRONMENT/bin/python" -m py
 test_part() { pytest -m gpu --junitxml="$OUT/test.xml" tests; }
 
 bench() {
+  local selection=(-m gpu benchmarks/bench_*.py)
+  [ "$DRY" = 0 ] || selection=(benchmarks/bench_attention.py)
   # With no benchmark selected there is nothing to save, which status 5 says already.
-  pytest -m gpu --junitxml="$OUT/bench.xml" --benchmark-json="$OUT/benchmarks.json" \
-    -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning benchmarks/bench_*.py
+  pytest --junitxml="$OUT/bench.xml" --benchmark-json="$OUT/benchmarks.json" --budget=0.5 \
+    -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning "${selection[@]}"
   local status=$?
+  "$ENVIRONMENT/bin/python" -m benchmarks.attention_table "$OUT/benchmarks.json" || return 1
   [ "$DRY" = 1 ] || return "$status"
   "$ENVIRONMENT/bin/python" -m benchmarks --grid tiny --row "$ROW" --budget 0.01 --out "$OUT" ||
     return 1

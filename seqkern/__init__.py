@@ -5,6 +5,7 @@ from seqkern.convert import convert as convert
 from seqkern.ops.attention import attention as attention
 from seqkern.ops.attention import attention_varlen as attention_varlen
 from seqkern.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
+from seqkern.ops.decode import attention_decode as attention_decode
 from seqkern.ops.explain import explain as explain
 from seqkern.ops.functional import gru as gru
 from seqkern.ops.functional import gru_cell as gru_cell
@@ -20,6 +21,7 @@ __all__ = [
     "Stream",
     "__version__",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "convert",
     "explain",

@@ -26,6 +26,7 @@ ALLOWED = {
     "nn": {"ops"},
     "stream": {"nn", "ops", "_extension", "_stream"},
     "convert": {"nn"},
+    "integrations": {"ops"},
     "testing": {"reference", "ops", "nn"},
     "models": {"nn", "ops"},
     "tasks": {"nn", "ops", "models"},

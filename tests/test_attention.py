@@ -355,3 +355,9 @@ def test_explain() -> None:
     assert "softcap" in str(capped)
     (dropped,) = seqkern.explain(seqkern.scaled_dot_product_attention, q, k, v, dropout_p=0.1)
     assert "aten::scaled_dot_product_attention" in str(dropped)
+    lens = torch.tensor([9, 3])
+    (cached,) = seqkern.explain(seqkern.attention_decode, q[:, :, :1], k, v, k_lens=lens)
+    assert cached.op == "seqkern::attention_decode"
+    assert cached.kernel == "torch"
+    with pytest.raises(TypeError, match="Linear does neither"):
+        seqkern.explain(torch.nn.Linear(8, 8), q)

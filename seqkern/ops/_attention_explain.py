@@ -10,9 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqkern.ops._attention_ops import choose
+from seqkern.ops import _attention_ops, decode
 from seqkern.ops.choice import Choice
 
+_CHOICES = {
+    torch.ops.seqkern.attention.default: _attention_ops.choose,
+    torch.ops.seqkern.attention_decode.default: decode.choose,
+}
 _BY_PYTORCH = Choice("torch", "PyTorch's own function means the same and serves without a seed")
 
 
@@ -22,7 +26,7 @@ class AttentionExplanation:
 
     op: the operator that is called.
     q, k, v: the shapes, in the order of the op.
-    kernel, reason: see `seqkern.ops._attention_ops.choose`.
+    kernel, reason: see `seqkern.ops.choice.Choice`.
     """
 
     op: str
@@ -51,8 +55,8 @@ class _Ops(TorchDispatchMode):
         self.calls = calls
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.seqkern.attention.default:
-            self.calls.append(_explanation("seqkern::attention", args, choose(args)))
+        if func in _CHOICES:
+            self.calls.append(_explanation(func._schema.name, args, _CHOICES[func](args)))
         return func(*args, **(kwargs or {}))
 
 

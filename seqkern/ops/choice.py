@@ -11,8 +11,8 @@ from seqkern._extension import cpu_capability
 class Choice:
     """A kernel and why it was taken.
 
-    kernel: "native" (C++ or CUDA), "onednn" (PyTorch's own LSTM) or "reference" (PyTorch
-    operations, one step at a time).
+    kernel: "native" (C++ or CUDA), "triton", "onednn" (PyTorch's own LSTM), "torch" (PyTorch's own
+    attention) or "reference" (PyTorch operations, one after another).
     """
 
     kernel: str

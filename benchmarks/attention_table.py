@@ -1,0 +1,41 @@
+"""The table of a run of bench_attention.py: `python -m benchmarks.attention_table RESULTS.json`."""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+
+from benchmarks.attention_cases import EAGER, OURS, Case
+from benchmarks.paired import ratio
+
+
+def line(record: dict) -> str:
+    """One case: our time and rate, and how many times as fast as each peer we are."""
+    case = Case(**record["case"])
+    samples = {name: s["wall_us"] for name, s in record["samples"].items()}
+    seconds = median(samples[OURS]) * 1e-6
+    if case.kind == "decode":
+        bandwidth = record["cache_bytes"] / seconds
+        share = bandwidth / record["copy_bandwidth"]
+        rate = f"{bandwidth / 1e9:7.0f} GB/s, {share:.0%} of a copy's"
+    else:
+        rate = f"{record['flop'] / seconds / 1e12:7.1f} TFLOP/s"
+    peers = {name: ratio(s, samples[OURS]) for name, s in samples.items() if name != OURS}
+    fused = {name: r for name, r in peers.items() if name != EAGER}
+    best = min(fused, key=lambda name: fused[name], default=EAGER)
+    others = ", ".join(f"{name} {r:.2f}x" for name, r in peers.items())
+    return f"{case!s:45} {seconds * 1e6:10.0f} us {rate}  best peer {best}; {others}"
+
+
+def main() -> None:
+    """Prints a line for each case."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention_table")
+    parser.add_argument("results", type=Path, help="pytest-benchmark's JSON")
+    data = json.loads(parser.parse_args().results.read_text())
+    for benchmark in data["benchmarks"]:
+        if "flop" in benchmark["extra_info"]:
+            print(line(benchmark["extra_info"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Times attention: seqkern and everyone else, interleaved in one process, on the same inputs.
+
+On a GPU the whole list; without one a dry run of small sizes, which shows that the suite works and
+nothing about the kernels. `python -m benchmarks.attention_table RESULTS.json` makes the table.
+"""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks import paired
+from benchmarks.attention_cases import (
+    EAGER,
+    OURS,
+    Case,
+    Problem,
+    cpu_cases,
+    exact,
+    forwards,
+    gpu_cases,
+    make_problem,
+    step,
+)
+from benchmarks.bench_recurrent import race
+from benchmarks.contestants import Contestant
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+CASES = gpu_cases() if GPU else cpu_cases()
+# What one sample is to last, so that a wait for the device is a small part of it.
+SAMPLE_SECONDS = 4e-3 if GPU else 1e-4
+
+pytestmark = [pytest.mark.gpu] if GPU else []
+
+
+def wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def entrants(p: Problem) -> tuple[dict[str, Contestant], dict[str, int], dict[str, str]]:
+    """Those who compute the case, how many calls make up a run of each, and who refuses it with
+    what words. An error of seqkern's own is not caught."""
+    entries, calls, refused = {}, {}, {}
+    for name, forward in forwards(p).items():
+        run = step(p, forward)
+        try:
+            run()
+        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            if name == OURS:
+                raise
+            refused[name] = str(error).strip().splitlines()[0][:200]
+            continue
+        wait()
+        seconds = paired.seconds_of_one_call(lambda run=run: (run(), wait()))
+        calls[name] = max(1, round(SAMPLE_SECONDS / seconds))
+
+        def repeat(run=run, times=calls[name]) -> None:
+            for _ in range(times):
+                run()
+            wait()
+
+        entries[name] = Contestant(name, repeat, lambda forward=forward: {"o": forward()})
+    return entries, calls, refused
+
+
+def check(p: Problem, entries: dict[str, Contestant]) -> float:
+    """Our error over the largest allowed: twice that of the formula in the same dtype."""
+    expected = exact(p)
+
+    def error(o: Tensor) -> float:
+        difference = (o.detach().float() - expected).abs()
+        if p.lens is not None:
+            # The others compute something for queries beyond the end; we give zeros.
+            beyond = torch.arange(p.case.T, device=o.device) >= p.lens[:, None]
+            difference = difference.masked_fill(beyond[:, None, :, None], 0)
+        return difference.max().item()
+
+    peer = EAGER if EAGER in entries else next(name for name in entries if name != OURS)
+    rounding = torch.finfo(p.q.dtype).eps * expected.abs().max().item()
+    budget = 2 * error(entries[peer].outputs()["o"]) + rounding
+    return error(entries[OURS].outputs()["o"]) / budget
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    size = 2**30 if GPU else 2**24
+    x = torch.ones(size, dtype=torch.uint8, device=DEVICE)
+    y = torch.empty_like(x)
+    seconds = paired.seconds_of_one_call(lambda: (y.copy_(x), wait()))
+    return 2 * size / seconds
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(
+    benchmark: BenchmarkFixture,
+    case: Case,
+    copy_bandwidth: float,
+    pytestconfig: pytest.Config,
+) -> None:
+    torch.compiler.reset()
+    p = make_problem(case, DEVICE)
+    entries, calls, refused = entrants(p)
+    error = check(p, entries)
+    assert error <= 1, f"error {error:.2f} times the budget"
+    benchmark.group = case.kind
+    names = [OURS, *(name for name in entries if name != OURS)]
+    samples = race(benchmark, [entries[n] for n in names], pytestconfig.option.budget)
+    benchmark.extra_info.update(
+        case=asdict(case),
+        flop=case.flop,
+        cache_bytes=case.cache_bytes,
+        copy_bandwidth=copy_bandwidth,
+        error_over_budget=round(error, 3),
+        device=torch.cuda.get_device_name() if GPU else "cpu",
+        refused=refused,
+        samples={
+            name: {"wall_us": [1e6 * s / calls[name] for s in sample.wall]}
+            for name, sample in zip(names, samples, strict=True)
+        },
+    )
