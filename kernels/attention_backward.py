@@ -9,7 +9,8 @@ computed again, by the helpers of the forward (Dao et al. 2022, algorithm 4).
 # (a kernel declares its constant argument tl.constexpr, whatever that holds, and is called with
 # options that are no parameters)
 
-import torch
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,12 +24,12 @@ from .tile import (
     LOG2E,
     Dropout,
     Limits,
+    Row,
     base,
     bounds,
     cap_slope,
     keep_mask,
     key_range,
-    load_lse,
     load_rows,
     program,
     query_range,
@@ -43,10 +44,11 @@ from .tile import (
 
 @triton.jit(do_not_specialize=SIZES)
 def delta_kernel(
-    o, do, lse, dlse, delta, q_lens, cu_q, n_heads, max_q, q_rows, n_tiles,
+    o, do, lse, dlse, lse2, delta, q_lens, cu_q, n_heads, max_q, q_rows, n_tiles,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, I64: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(do * o) - dlse; 0 in rows with nothing and beyond a sequence's end."""
+    """delta = rowsum(do * o) - dlse, and lse in base 2. A query that has nothing or does not exist
+    gets 0 and +inf, which makes its probabilities 0."""
     pid = tl.program_id(0)
     pair = pid // n_tiles
     b = pair // n_heads
@@ -54,50 +56,101 @@ def delta_kernel(
     q0, q_len = bounds(b, q_lens, cu_q, max_q, q_rows)
     i0 = pid % n_tiles * BLOCK_M
     i = i0 + tl.arange(0, BLOCK_M)
+    exists = i < q_len
     x = load_rows(base(o, b, h, q0), o, i0, q_len, BLOCK_M, DV, BLOCK_DV, True, False, I64)
     u = load_rows(base(do, b, h, q0), do, i0, q_len, BLOCK_M, DV, BLOCK_DV, True, False, I64)
     total = tl.sum(x.to(tl.float32) * u.to(tl.float32), 1)
     if dlse is not None:
-        total -= tl.load(row_base(dlse, b, h) + q0 + i, mask=i < q_len, other=0.0)
-    some = load_lse(row_base(lse, b, h) + q0, i, q_len) < float("inf")
+        total -= tl.load(row_base(dlse, b, h) + q0 + i, mask=exists, other=0.0)
+    log = tl.load(row_base(lse, b, h) + q0 + i, mask=exists, other=float("-inf"))
+    some = log > float("-inf")
     rows = max_q
     if cu_q is not None:
         rows = q_len
     tl.store(row_base(delta, b, h) + q0 + i, tl.where(some, total, 0.0), mask=i < rows)
+    log = tl.where(some, log * LOG2E, float("inf"))
+    tl.store(row_base(lse2, b, h) + q0 + i, log, mask=i < rows)
 
 
 # ---- dK and dV ----------------------------------------------------------------------------
 
 
 @triton.jit
-def add_queries(
-    dk, dv, of, q, do, q_source, do_source, lse, delta, first, last, tiles,
-    C: tl.constexpr, MASKED: tl.constexpr,
+def grouped_source(
+    ptr, view, group, length, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the query tiles [first, last), or those listed there, give to dk and dv."""
+    """As `source`, for the rows of `group` heads in a row."""
+    src = ptr
+    if DESCRIPTORS:
+        # A descriptor of no rows is not valid, and never read.
+        shape = [group, tl.maximum(length, 1), D]
+        src = tl.make_tensor_descriptor(ptr, shape, [view.h, view.t, 1], [1, ROWS, BLOCK_D])
+    return src
+
+
+@triton.jit
+def load_grouped_rows(
+    src, view, member, t0, length, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, I64: tl.constexpr,
+):  # fmt: skip
+    """As `load_rows`, of one head of the group."""
+    if DESCRIPTORS:
+        x = src.load([member, t0, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        ptr = src + member.to(tl.int64) * view.h
+        x = load_rows(ptr, view, t0, length, ROWS, D, BLOCK_D, True, False, I64)
+    return x
+
+
+@triton.jit
+def add_queries(
+    dk, dv, of, q, do, q_source, do_source, lse, delta, slopes, group, only, first, last, tiles,
+    C: tl.constexpr, MASKED: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
+    """Adds what the query tiles [first, last), or those listed there, give to dk and dv.
+
+    Of head of.h + only; GROUPED: of each of the `group` heads from of.h on. One loop over heads
+    and tiles leaves more registers than one in the other.
+    """
     BLOCK_M: tl.constexpr = C.BLOCK_M
     PRECISION: tl.constexpr = C.PRECISION
-    for n in tl.range(first, last, num_stages=C.STAGES):
-        tile = n
+    count = tl.maximum(last - first, 0)
+    turns = count
+    if GROUPED:
+        turns = count * group
+    for n in tl.range(0, turns, num_stages=C.STAGES):
+        member = only
+        tile = first + n
+        if GROUPED:
+            member = n // count
+            tile = first + n % count
         if tiles is not None:
-            tile = tl.load(tiles + n)
+            tile = tl.load(tiles + tile)
+        h = of.h + member
         i0 = tile * BLOCK_M
         rows = i0 + tl.arange(0, BLOCK_M)
         i = rows[None, :]
         q_len = of.limits.q_len
-        y = load_rows(q_source, q, i0, q_len, BLOCK_M, C.D, C.BLOCK_D, True, C.DESCRIPTORS, C.I64)
-        total = load_lse(lse, rows, q_len)[None, :]
-        p, product = probabilities(of.x, tl.trans(y), i, of.at, total, of, C, MASKED)
-        w = load_rows(
-            do_source, do, i0, q_len, BLOCK_M, C.DV, C.BLOCK_DV, True, C.DESCRIPTORS, C.I64
+        exists = rows < q_len
+        y = load_grouped_rows(
+            q_source, q, member, i0, q_len, BLOCK_M, C.D, C.BLOCK_D, C.DESCRIPTORS, C.I64
+        )
+        total = tl.load(row_base(lse, of.b, h) + rows, mask=exists, other=float("inf"))[None, :]
+        slope = None
+        if slopes is not None:
+            slope = tl.load(row_base(slopes, of.b, h)) * LOG2E
+        p, product = probabilities(of.x, tl.trans(y), i, of.at, h, slope, total, of, C, MASKED)
+        w = load_grouped_rows(
+            do_source, do, member, i0, q_len, BLOCK_M, C.DV, C.BLOCK_DV, C.DESCRIPTORS, C.I64
         )
         kept = p
         if of.dropout.seed is not None:
-            keep = keep_mask(of.dropout, i, of.at, of.h, of.b)
+            keep = keep_mask(of.dropout, i, of.at, h, of.b)
             kept = tl.where(keep, p * of.dropout.gain, 0.0)
         dv = tl.dot(kept.to(w.dtype), w, dv, input_precision=PRECISION)
-        d = tl.load(delta + rows, mask=rows < q_len, other=0.0)[None, :]
-        ds = score_gradients(p, of.u, tl.trans(w), i, of.at, d, of, C)
+        d = tl.load(row_base(delta, of.b, h) + rows, mask=exists, other=0.0)[None, :]
+        ds = score_gradients(p, of.u, tl.trans(w), i, of.at, h, d, of, C)
         if of.rule.cap is not None:
             ds = ds * cap_slope(product, of.rule)
         dk = tl.dot(ds.to(y.dtype), y, dk, input_precision=PRECISION)
@@ -108,7 +161,7 @@ def add_queries(
 def dkdv_kernel(
     q, k, v, do, lse, delta, dk, dv, mask, bias, q_lens, k_lens, cu_q, cu_k, slopes, rule, scale,
     live, seed, threshold, gain, left, right, n_heads, group, max_q, max_k, q_rows, k_rows,
-    n_tiles, section, pairs, C: tl.constexpr,
+    n_tiles, section, pairs, C: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys of one (batch, key head) pair, summed over its query heads."""
     BLOCK_N: tl.constexpr = C.BLOCK_N
@@ -117,6 +170,7 @@ def dkdv_kernel(
     tile, pair = program(n_tiles, section, pairs, False)
     b = pair // (n_heads // group)
     kv_head = pair % (n_heads // group)
+    h = kv_head * group
     q0, q_len = bounds(b, q_lens, cu_q, max_q, q_rows)
     k0, k_len = bounds(b, k_lens, cu_k, max_k, k_rows)
     limits = Limits(q_len, k_len, shift_of(q_len, k_len, C.TOP_LEFT), left, right)
@@ -128,49 +182,43 @@ def dkdv_kernel(
     v_source = source(v_base, v, k_len, BLOCK_N, C.DV, BLOCK_DV, C.DESCRIPTORS)
     x = load_rows(k_source, k, j0, k_len, BLOCK_N, C.D, BLOCK_D, True, C.DESCRIPTORS, C.I64)
     u = load_rows(v_source, v, j0, k_len, BLOCK_N, C.DV, BLOCK_DV, True, C.DESCRIPTORS, C.I64)
+    q_base = base(q, b, h, q0)
+    do_base = base(do, b, h, q0)
+    q_source = grouped_source(q_base, q, group, q_len, C.BLOCK_M, C.D, BLOCK_D, C.DESCRIPTORS)
+    do_source = grouped_source(do_base, do, group, q_len, C.BLOCK_M, C.DV, BLOCK_DV, C.DESCRIPTORS)
+    lse = Row(lse.ptr + q0, lse.b, lse.h)
+    delta = Row(delta.ptr + q0, delta.b, delta.h)
     word = None
     if seed is not None:
         word = tl.load(seed)
-    span = query_range(j0, j0 + BLOCK_N, limits, C.BLOCK_M)
+    dropout = Dropout(word, threshold, gain)
+    of = Own(x, u, j[:, None], b, h, limits, rule, bias, mask, dropout)
     sum_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sum_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in tl.range(0, group):
-        h = kv_head * group + member
-        q_base = base(q, b, h, q0)
-        do_base = base(do, b, h, q0)
-        q_source = source(q_base, q, q_len, C.BLOCK_M, C.D, C.BLOCK_D, C.DESCRIPTORS)
-        do_source = source(do_base, do, q_len, C.BLOCK_M, C.DV, C.BLOCK_DV, C.DESCRIPTORS)
-        lse_base = row_base(lse, b, h) + q0
-        delta_base = row_base(delta, b, h) + q0
-        slope = None
-        if slopes is not None:
-            slope = tl.load(row_base(slopes, b, h)) * LOG2E
-        of = Own(
-            x, u, j[:, None], None, None, b, h, limits, rule, slope, bias, mask,
-            Dropout(word, threshold, gain),
+    if live is not None:
+        # The lists of two heads differ in length: here the loops have to be one in the other.
+        for member in tl.range(0, group):
+            tiles = row_base(live, b, h + member) + tile.to(tl.int64) * live.t
+            sum_k, sum_v = add_queries(
+                sum_k, sum_v, of, q, do, q_source, do_source, lse, delta, slopes, group, member,
+                1, tl.load(tiles) + 1, tiles, C, True, False,
+            )  # fmt: skip
+    else:
+        span = query_range(j0, j0 + BLOCK_N, limits, C.BLOCK_M)
+        if right is not None:
+            sum_k, sum_v = add_queries(
+                sum_k, sum_v, of, q, do, q_source, do_source, lse, delta, slopes, group, h * 0,
+                span.start, span.inner, None, C, True, GROUPED,
+            )  # fmt: skip
+        sum_k, sum_v = add_queries(
+            sum_k, sum_v, of, q, do, q_source, do_source, lse, delta, slopes, group, h * 0,
+            span.inner, span.outer, None, C, False, GROUPED,
         )  # fmt: skip
-        if live is not None:
-            tiles = row_base(live, b, h) + tile.to(tl.int64) * live.t
-            last = tl.load(tiles) + 1
+        if left is not None:
             sum_k, sum_v = add_queries(
-                sum_k, sum_v, of, q, do, q_source, do_source, lse_base, delta_base,
-                1, last, tiles, C, True,
+                sum_k, sum_v, of, q, do, q_source, do_source, lse, delta, slopes, group, h * 0,
+                span.outer, span.stop, None, C, True, GROUPED,
             )  # fmt: skip
-        else:
-            if right is not None:
-                sum_k, sum_v = add_queries(
-                    sum_k, sum_v, of, q, do, q_source, do_source, lse_base, delta_base,
-                    span.start, span.inner, None, C, True,
-                )  # fmt: skip
-            sum_k, sum_v = add_queries(
-                sum_k, sum_v, of, q, do, q_source, do_source, lse_base, delta_base,
-                span.inner, span.outer, None, C, False,
-            )  # fmt: skip
-            if left is not None:
-                sum_k, sum_v = add_queries(
-                    sum_k, sum_v, of, q, do, q_source, do_source, lse_base, delta_base,
-                    span.outer, span.stop, None, C, True,
-                )  # fmt: skip
     rows = max_k
     if cu_k is not None:
         rows = k_len
@@ -187,7 +235,8 @@ def dkdv_kernel(
 
 @triton.jit
 def add_keys(
-    dq, of, k, v, k_source, v_source, first, last, tiles, C: tl.constexpr, MASKED: tl.constexpr
+    dq, of, k, v, k_source, v_source, slope, lse, delta, first, last, tiles,
+    C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what the key tiles [first, last), or those listed there, give to dq."""
     BLOCK_N: tl.constexpr = C.BLOCK_N
@@ -203,8 +252,8 @@ def add_keys(
         w = load_rows(
             v_source, v, j0, k_len, BLOCK_N, C.DV, C.BLOCK_DV, MASKED, C.DESCRIPTORS, C.I64
         )
-        p, product = probabilities(of.x, tl.trans(y), of.at, j, of.lse, of, C, MASKED)
-        ds = score_gradients(p, of.u, tl.trans(w), of.at, j, of.delta, of, C)
+        p, product = probabilities(of.x, tl.trans(y), of.at, j, of.h, slope, lse, of, C, MASKED)
+        ds = score_gradients(p, of.u, tl.trans(w), of.at, j, of.h, delta, of, C)
         if of.rule.cap is not None:
             ds = ds * cap_slope(product, of.rule)
         dq = tl.dot(ds.to(y.dtype), y, dq, input_precision=PRECISION)
@@ -230,8 +279,9 @@ def dq_kernel(
     i = i0 + tl.arange(0, BLOCK_M)
     x = load_rows(base(q, b, h, q0), q, i0, q_len, BLOCK_M, C.D, BLOCK_D, True, False, C.I64)
     u = load_rows(base(do, b, h, q0), do, i0, q_len, BLOCK_M, C.DV, C.BLOCK_DV, True, False, C.I64)
-    total = load_lse(row_base(lse, b, h) + q0, i, q_len)[:, None]
-    d = tl.load(row_base(delta, b, h) + q0 + i, mask=i < q_len, other=0.0)[:, None]
+    exists = i < q_len
+    total = tl.load(row_base(lse, b, h) + q0 + i, mask=exists, other=float("inf"))[:, None]
+    d = tl.load(row_base(delta, b, h) + q0 + i, mask=exists, other=0.0)[:, None]
     k_base = base(k, b, h // group, k0)
     v_base = base(v, b, h // group, k0)
     k_source = source(k_base, k, k_len, C.BLOCK_N, C.D, C.BLOCK_D, C.DESCRIPTORS)
@@ -242,25 +292,66 @@ def dq_kernel(
     word = None
     if seed is not None:
         word = tl.load(seed)
-    of = Own(
-        x, u, i[:, None], total, d, b, h, limits, rule, slope, bias, mask,
-        Dropout(word, threshold, gain),
-    )  # fmt: skip
+    dropout = Dropout(word, threshold, gain)
+    of = Own(x, u, i[:, None], b, h, limits, rule, bias, mask, dropout)
     sum_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if live is not None:
         tiles = row_base(live, b, h) + tile.to(tl.int64) * live.t
         last = tl.load(tiles) + 1
-        sum_q = add_keys(sum_q, of, k, v, k_source, v_source, 1, last, tiles, C, True)
+        sum_q = add_keys(
+            sum_q, of, k, v, k_source, v_source, slope, total, d, 1, last, tiles, C, True
+        )
     else:
         span = key_range(i0, i0 + BLOCK_M, limits, C.BLOCK_N)
         if left is not None:
             sum_q = add_keys(
-                sum_q, of, k, v, k_source, v_source, span.start, span.inner, None, C, True
+                sum_q,
+                of,
+                k,
+                v,
+                k_source,
+                v_source,
+                slope,
+                total,
+                d,
+                span.start,
+                span.inner,
+                None,
+                C,
+                True,
             )
         sum_q = add_keys(
-            sum_q, of, k, v, k_source, v_source, span.inner, span.outer, None, C, False
+            sum_q,
+            of,
+            k,
+            v,
+            k_source,
+            v_source,
+            slope,
+            total,
+            d,
+            span.inner,
+            span.outer,
+            None,
+            C,
+            False,
         )
-        sum_q = add_keys(sum_q, of, k, v, k_source, v_source, span.outer, span.stop, None, C, True)
+        sum_q = add_keys(
+            sum_q,
+            of,
+            k,
+            v,
+            k_source,
+            v_source,
+            slope,
+            total,
+            d,
+            span.outer,
+            span.stop,
+            None,
+            C,
+            True,
+        )
     rows = max_q
     if cu_q is not None:
         rows = q_len
@@ -303,20 +394,23 @@ def attention_backward(
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq = dk = dv = dbias = dsinks = q.new_empty(0)
     with on_device(q):
-        delta = _delta(call, do, dlse, o, lse)
+        lse2, delta = _delta(call, do, dlse, o, lse)
         if need_dq:
-            dq = _query_gradient(call, do, lse, delta, config)
+            dq = _query_gradient(call, do, lse2, delta, config)
         if need_dkv:
-            dk, dv = _key_gradients(call, do, lse, delta, config)
+            dk, dv = _key_gradients(call, do, lse2, delta, config)
         if need_dbias and bias is not None:
-            dbias = bias_gradient(call, bias, do, lse, delta, config)
+            dbias = bias_gradient(call, bias, do, lse2, delta, config)
     if sinks is not None:
-        dsinks = _sink_gradient(call, sinks, lse, delta)
+        dsinks = _sink_gradient(call, sinks, lse2, delta)
     return dq, dk, dv, dbias, dsinks
 
 
-def _delta(call: Arguments, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor) -> Tensor:
-    delta = call.new_rows(0.0)
+def _delta(
+    call: Arguments, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """lse in base 2 and delta, see delta_kernel."""
+    lse2, delta = call.new_rows(float("inf")), call.new_rows(0.0)
     common = call.common()
     block = 32 if call.DV > 128 else 64
     n_tiles = triton.cdiv(call.Tq, block)
@@ -327,6 +421,7 @@ def _delta(call: Arguments, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Ten
             do=call.view(do),
             lse=call.row(lse),
             dlse=None if dlse is None else call.row(dlse),
+            lse2=call.row(lse2),
             delta=call.row(delta),
             n_tiles=n_tiles,
             DV=call.DV,
@@ -334,7 +429,7 @@ def _delta(call: Arguments, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Ten
             BLOCK_M=block,
             I64=call.needs_int64(o, do),
         )
-    return delta
+    return lse2, delta
 
 
 def _query_gradient(
@@ -382,14 +477,14 @@ def _key_gradients(
             section=call.section(pairs, 1),
             pairs=pairs,
             C=call.build(config, do, dk, dv),
+            GROUPED=call.H > call.Hkv,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
     return dk, dv
 
 
-def _sink_gradient(call: Arguments, sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _sink_gradient(call: Arguments, sinks: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
     """-sum exp(sink - lse) delta over the batch and the queries."""
-    heads = sinks.float().unsqueeze(-1)
-    taken = (heads - lse.masked_fill(lse == -torch.inf, torch.inf)).exp() * delta
+    taken = (sinks.float().unsqueeze(-1) - lse2 * math.log(2)).exp() * delta
     return -taken.sum(-1 if call.packed else (0, -1)).to(sinks.dtype)

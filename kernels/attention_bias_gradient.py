@@ -23,7 +23,6 @@ from .tile import (
     base,
     bounds,
     key_range,
-    load_lse,
     load_rows,
     offsets,
     row_base,
@@ -76,9 +75,10 @@ def dbias_kernel(
                     base(do, b, h, q0), do, i0, q_len, BLOCK_M, C.DV, C.BLOCK_DV, True, False,
                     C.I64,
                 )  # fmt: skip
-                total = load_lse(row_base(lse, b, h) + q0, i, q_len)[:, None]
-                d = tl.load(row_base(delta, b, h) + q0 + i, mask=i < q_len, other=0.0)[:, None]
-                of = Own(x, u, i[:, None], total, d, b, h, limits, rule, slope, bias, mask, dropout)
+                exists = i < q_len
+                total = tl.load(row_base(lse, b, h) + q0 + i, mask=exists, other=float("inf"))
+                d = tl.load(row_base(delta, b, h) + q0 + i, mask=exists, other=0.0)[:, None]
+                of = Own(x, u, i[:, None], b, h, limits, rule, bias, mask, dropout)
                 span = key_range(i0, i0 + BLOCK_M, limits, BLOCK_N)
                 first = tl.maximum(span.start, tile_j)
                 last = tl.minimum(span.stop, tile_j + repeat_j)
@@ -93,8 +93,10 @@ def dbias_kernel(
                         base(v, b, h // group, k0), v, j0, k_len, BLOCK_N, C.DV, C.BLOCK_DV, True,
                         False, C.I64,
                     )  # fmt: skip
-                    p, _ = probabilities(x, tl.trans(y), of.at, j, total, of, C, True)
-                    acc += score_gradients(p, u, tl.trans(w), of.at, j, d, of, C)
+                    p, _ = probabilities(
+                        x, tl.trans(y), of.at, j, h, slope, total[:, None], of, C, True
+                    )
+                    acc += score_gradients(p, u, tl.trans(w), of.at, j, h, d, of, C)
     i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     size_i = max_q

@@ -12,45 +12,41 @@ from .tile import add_and_exclude, keep_mask, tile_product
 
 
 class Own(NamedTuple):
-    """What a program holds of its tile: rows x, u and positions at; and what it needs to compute
-    a tile of scores. `lse` and `delta` are those of its queries, or None in a tile of keys."""
+    """What a program holds of its tile, rows x and u and their positions, and what it needs to
+    compute a tile of scores. h is the query head, or the first of those of a tile of keys."""
 
     x: Any
     u: Any
     at: Any
-    lse: Any
-    delta: Any
     b: Any
     h: Any
     limits: Any
     rule: Any
-    slope: Any
     bias: Any
     mask: Any
     dropout: Any
 
 
 @triton.jit
-def probabilities(
-    x, y, i, j, lse, of, C: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    """exp(s - lse) of one tile and the products that s came from, for x y = q k^T or k q^T."""
+def probabilities(x, y, i, j, h, slope, lse, of, C: tl.constexpr, MASKED: tl.constexpr):
+    """exp(s - lse) of one tile and the products that s came from, for x y = q k^T or k q^T.
+
+    lse is in base 2, +inf for a query that has nothing or does not exist.
+    """
     PRECISION: tl.constexpr = C.PRECISION
     product = tile_product(x, y, of.rule, C.RAW, PRECISION)
-    s = add_and_exclude(
-        product, i, j, of.b, of.h, of.limits, of.slope, of.bias, of.mask, MASKED, C.I64
-    )
+    s = add_and_exclude(product, i, j, of.b, h, of.limits, slope, of.bias, of.mask, MASKED, C.I64)
     if C.RAW:
         s = s * of.rule.scale
     return tl.exp2(s - lse), product
 
 
 @triton.jit
-def score_gradients(p, u, w, i, j, delta, of, C: tl.constexpr):
+def score_gradients(p, u, w, i, j, h, delta, of, C: tl.constexpr):
     """ds of one tile, for u w = do v^T or v do^T."""
     PRECISION: tl.constexpr = C.PRECISION
     dp = tl.dot(u, w, input_precision=PRECISION)
     if of.dropout.seed is not None:
-        keep = keep_mask(of.dropout, i, j, of.h, of.b)
+        keep = keep_mask(of.dropout, i, j, h, of.b)
         dp = tl.where(keep, dp * of.dropout.gain, 0.0)
     return p * (dp - delta)

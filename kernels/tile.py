@@ -243,7 +243,7 @@ def query_range(j0, j1, limits, BLOCK_M: tl.constexpr):
     """The tiles of BLOCK_M queries that see a key of [j0, min(j1, k_len)): a Span.
 
     A last tile that reaches beyond q_len may count as inner: what it does not hold must have a
-    probability of 0 by its log-sum-exp (see load_lse). So may keys beyond k_len.
+    probability of 0 by a log-sum-exp of +inf. So may keys beyond k_len.
     """
     end = tl.minimum(j1, limits.k_len)
     return _span(j0, end, -limits.shift, limits.right, limits.left, limits.q_len, BLOCK_M, True)
@@ -383,10 +383,3 @@ def load_plane(plane, b, h, i, j, limits, I64: tl.constexpr):
     ptr = plane.ptr + b.to(tl.int64) * plane.b + h.to(tl.int64) * plane.h
     ptrs = ptr + (offsets(i, plane.i, I64) + offsets(j, plane.j, I64))
     return tl.load(ptrs, mask=(i < limits.q_len) & (j < limits.k_len), other=0)
-
-
-@triton.jit
-def load_lse(ptr, i, q_len):
-    """Log-sum-exps in base 2, +inf for rows with nothing or beyond q_len: exp2(s - lse) = 0."""
-    lse = tl.load(ptr + i, mask=i < q_len, other=float("inf")) * LOG2E
-    return tl.where(lse == float("-inf"), float("inf"), lse)
