@@ -32,12 +32,13 @@ NAMES = {
     "recurrent": FORWARD,
     "recurrent_inference": (*FORWARD[:5], "packed", "mode"),
     "recurrent_backward": BACKWARD,
+    "recurrent_prepacked": ("x", "h0", "c0", "snapshot"),
     "recurrent_pack": ("weights", "mode", "directions"),
 }
 
 
 def correct_call(r: random.Random) -> Arguments:
-    """Arguments for all four ops that belong together."""
+    """Arguments for all ops that belong together."""
     mode = r.choice(list(GATES))
     T, B, I, H, D = r.choice([1, 2, 5]), r.choice([0, 1, 3, 7]), r.choice([1, 3, 8]), 0, 0
     H, D, bias = r.choice([1, 5, 16, 33]), r.choice([1, 2]), r.random() < 0.5
@@ -58,6 +59,7 @@ def correct_call(r: random.Random) -> Arguments:
     call = {"x": x, "batch_sizes": batch_sizes, "h0": h0, "c0": c0, "weights": weights}
     call |= {"mode": mode, "packed": [], "directions": D, "y": y, "gates": gates, "cells": cells}
     call |= {"dy": torch.randn_like(y), "dh_n": torch.randn_like(h_n)}
+    call["snapshot"] = torch.ops.seqkern.recurrent_pack(weights, mode, D)[0]
     return call | {
         "dc_n": None if c0 is None else torch.randn_like(c_n),
         "need_dx": r.random() < 0.7,
@@ -119,10 +121,22 @@ def spoil(r: random.Random, call: Arguments, names: tuple[str, ...]) -> None:
         call[name] = spoilt_sizes(r, value)
     elif name in ("weights", "packed"):
         call[name] = spoilt_list(r, value, call)
+    elif name == "snapshot" and r.random() < 0.8:
+        call[name] = spoilt_snapshot(r, value)
     elif value is None:
         call[name] = r.choice([call["h0"], call["x"]])
     else:
         call[name] = spoilt_tensor(r, value)
+
+
+def spoilt_snapshot(r: random.Random, snapshot: Tensor) -> Tensor:
+    """Another length, or another value where the first bytes tell the sizes."""
+    if r.random() < 0.3:
+        return torch.cat([snapshot, snapshot[: r.choice([1, 64])]])[r.choice([0, 1, 64]) :]
+    words = snapshot.clone()
+    field = words[8 * r.randrange(10) :][:8].view(torch.int64)
+    field.fill_(r.choice([-1, 0, 1, 2, 3, 33, 2**31, 2**62, -(2**63), int(field) + 1]))
+    return words
 
 
 def spoilt_list(r: random.Random, value: list[Tensor], call: Arguments) -> list[Tensor]:

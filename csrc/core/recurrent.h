@@ -62,8 +62,8 @@ struct Forward {
   Shape shape;
   const void* x;  // (T, B, I) by `x_rows`, or (N, I)
   Rows x_rows;
-  const void* h0;  // (D, B, P)
-  const void* c0;  // (D, B, H) for LSTM, else null
+  const void* h0;  // (D, B, P), or null for zeros
+  const void* c0;  // (D, B, H) for LSTM, or null for zeros
   Weights w[kMaxDirections];
   Packed packed[kMaxDirections];  // all null: packed for this call
   void* y;                        // (T, B, D*P) or (N, D*P), contiguous

@@ -3,86 +3,20 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "core/recurrent.h"
+#include "packed.h"
 
 namespace {
 
+using namespace seqkern::binding;
 using seqkern::Mode;
-using seqkern::Type;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
-using Sizes = std::initializer_list<int64_t>;
-
-template <class Range>
-std::string list(const Range& sizes) {
-  std::ostringstream out;
-  out << '(';
-  bool first = true;
-  for (int64_t n : sizes) {
-    if (!first) out << ", ";
-    first = false;
-    out << n;
-  }
-  out << ')';
-  return out.str();
-}
-
-std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-  return sizes;
-}
-
-void expect_sizes(const char* name, const Tensor& t, Sizes expected) {
-  bool same = t.dim() == int64_t(expected.size());
-  int64_t i = 0;
-  for (int64_t n : expected) same = same && t.size(i++) == n;
-  STD_TORCH_CHECK(same, "recurrent: ", name, " must be ", list(expected), ", got ",
-                  list(sizes_of(t)));
-}
-
-Mode mode_of(const std::string& name) {
-  if (name == "LSTM") return Mode::lstm;
-  if (name == "GRU") return Mode::gru;
-  if (name == "RNN_TANH") return Mode::rnn_tanh;
-  STD_TORCH_CHECK(name == "RNN_RELU",
-                  "recurrent: mode must be LSTM, GRU, RNN_TANH or RNN_RELU, got ", name);
-  return Mode::rnn_relu;
-}
-
-Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Type::f32;
-    case ScalarType::Double:
-      return Type::f64;
-    case ScalarType::BFloat16:
-      return Type::bf16;
-    case ScalarType::Half:
-      return Type::f16;
-    default:
-      STD_TORCH_CHECK(false, "recurrent: x must be float32, float64, bfloat16 or float16");
-  }
-}
-
-// A CPU tensor of x's dtype, contiguous.
-Tensor ready(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cpu(), "recurrent: ", name, " must be on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "recurrent: ", name,
-                  " must have the dtype of x");
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
 
 // The checked arguments of a call, and the contiguous copies that its pointers need.
 struct Call {
@@ -176,21 +110,7 @@ struct Call {
     }
   }
 
-  // Straight through the C interface: a call of the dispatcher costs a microsecond more.
-  Tensor empty(Sizes sizes) const {
-    int64_t strides[3], stride = 1;
-    for (size_t i = sizes.size(); i-- > 0;) {
-      strides[i] = stride;
-      stride *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
-    }
-    AtenTensorHandle handle;
-    int32_t dtype;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides,
-                                                    dtype, aoti_torch_device_type_cpu(), 0,
-                                                    &handle));
-    return Tensor(handle);
-  }
+  Tensor empty(Sizes sizes) const { return seqkern::binding::empty(x, sizes); }
   Tensor none() const { return empty({0}); }
   Tensor output() const {
     return shape.batch_sizes ? empty({shape.N, shape.D * shape.P})
@@ -225,38 +145,17 @@ Outputs outputs_of(const Call& call, seqkern::Forward& f) {
   return o;
 }
 
-using PackedOf = const void* seqkern::Packed::*;
-constexpr PackedOf kParts[4] = {&seqkern::Packed::ih, &seqkern::Packed::hh, &seqkern::Packed::hr,
-                                &seqkern::Packed::bias};
-
-void part_sizes(const seqkern::Shape& s, int64_t (&sizes)[4]) {
-  const seqkern::PackedSizes p = seqkern::packed_sizes(s);
-  sizes[0] = p.ih, sizes[1] = p.hh, sizes[2] = p.hr, sizes[3] = p.bias;
-}
-
-void use_packed(const seqkern::Shape& s, const Tensors& packed, seqkern::Forward& f) {
-  if (packed.empty()) return;
-  STD_TORCH_CHECK(int64_t(packed.size()) == 4 * s.D, "recurrent_inference: packed must hold ",
-                  4 * s.D, " tensors, got ", int64_t(packed.size()));
-  int64_t sizes[4];
-  part_sizes(s, sizes);
-  for (size_t i = 0; i < packed.size(); ++i) {
-    const Tensor& p = packed[i];
-    STD_TORCH_CHECK(p.is_cpu() && p.scalar_type() == ScalarType::Byte && p.is_contiguous() &&
-                        p.numel() == sizes[i % 4],
-                    "recurrent_inference: packed[", int64_t(i), "] must be ", sizes[i % 4],
-                    " bytes packed for ", seqkern::cpu_capability(), ", got ", p.numel());
-    f.packed[i / 4].*kParts[i % 4] = p.const_data_ptr();
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> recurrent_inference(Tensor x, Optional batch_sizes, Tensor h0,
                                                        Optional c0, Tensors weights, Tensors packed,
                                                        std::string mode) {
   const Call call(x, batch_sizes, h0, c0, weights, mode);
   seqkern::Forward f{};
   const Outputs o = outputs_of(call, f);
-  use_packed(call.shape, packed, f);
+  if (!packed.empty()) {
+    STD_TORCH_CHECK(packed.size() == 1, "recurrent_inference: packed must hold 1 tensor, got ",
+                    int64_t(packed.size()));
+    use_packed("recurrent_inference", packed[0], call.shape, f);
+  }
   seqkern::recurrent_forward(f);
   return {o.y, o.h_n, o.c_n};
 }
@@ -333,8 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
   return {dx, dh0, dc0, dw};
 }
 
-// Every weight matrix of a layer in the order of the kernels: for each direction the panels of
-// w_ih, of w_hh, of w_hr, and the biases, as bytes.
+// What recurrent_inference and recurrent_prepacked read in the place of the weights, as one tensor.
 Tensors recurrent_pack(Tensors weights, std::string mode, int64_t directions) {
   const int64_t D = directions;
   STD_TORCH_CHECK(D == 1 || D == 2, "recurrent_pack: directions must be 1 or 2, got ", D);
@@ -349,19 +247,7 @@ Tensors recurrent_pack(Tensors weights, std::string mode, int64_t directions) {
   if (mode == "LSTM")
     c0 = torch::stable::new_empty(weights[0], std::vector<int64_t>{D, 0, weights[0].size(0) / 4});
   const Call call(x, {}, h0, c0, weights, mode);
-  int64_t sizes[4];
-  part_sizes(call.shape, sizes);
-  Tensors packed;
-  for (int64_t d = 0; d < D; ++d) {
-    void* p[4];
-    for (int i = 0; i < 4; ++i) {
-      packed.push_back(
-          torch::stable::new_empty(x, std::vector<int64_t>{sizes[i]}, ScalarType::Byte));
-      p[i] = packed.back().mutable_data_ptr();
-    }
-    seqkern::pack_weights(call.shape, call.w[d], p[0], p[1], p[2], p[3]);
-  }
-  return packed;
+  return {make_packed(call.shape, call.w, x)};
 }
 
 std::string cpu_capability() { return seqkern::cpu_capability(); }

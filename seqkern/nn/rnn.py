@@ -1,6 +1,6 @@
 """RNN, LSTM and GRU layers: ``torch.nn``'s parameters and interface on seqkern's ops."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkern.nn.cells import autocast_enabled
-from seqkern.ops.recurrent import recurrent
+from seqkern.ops.recurrent import has_prepacked_kernel, prepacked_op, recurrent, unobserved
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _as_hx(states: tuple[Tensor, ...]) -> Any:
@@ -24,8 +26,10 @@ class _Recurrent(torch.nn.RNNBase):
     refuses every instance of those three classes.
     """
 
-    # A class attribute, so that a module whose class is changed to this one has it too.
+    # Class attributes, so that a module whose class is changed to this one has them too.
+    # What prepack() took of every layer, and of a single layer what `prepacked_op` reads.
     _packed: list[list[Tensor]] | None = None
+    _direct: Tensor | None = None
 
     # RNNBase caches the weights in this list. A cache is stale under parametrizations and
     # torch.func.functional_call, and holds computed tensors, which deepcopy refuses.
@@ -45,9 +49,11 @@ class _Recurrent(torch.nn.RNNBase):
 
         From here to ``unpack()`` every call that needs no gradient computes with the snapshot,
         whatever becomes of the weights; a call that needs one reads the weights as they are.
-        A snapshot saves the packing of every call. It is no part of ``state_dict()``, is left
-        behind by pickle and deepcopy, and ends with ``load_state_dict()`` and with everything
-        that moves or converts the module (``to``, ``double``, ``share_memory``).
+        A snapshot saves the packing of every call, and a single layer most of the call itself.
+        It is no part of ``state_dict()``, is left behind by pickle and deepcopy, and ends with
+        ``load_state_dict()`` and with everything that moves or converts the module (``to``,
+        ``double``, ``share_memory``). It has the weights' dtype: under autocast to another one
+        a call without gradient raises RuntimeError.
         """
         weights = [weight.detach() for weight in self._live_weights()]
         n = len(weights) // self.num_layers
@@ -56,10 +62,12 @@ class _Recurrent(torch.nn.RNNBase):
             torch.ops.seqkern.recurrent_pack(weights[i * n : (i + 1) * n], self.mode, D)
             for i in range(self.num_layers)
         ]
+        if self.num_layers == 1 and has_prepacked_kernel(weights[0].device.type):
+            self._direct = self._packed[0][0]
 
     def unpack(self) -> None:
         """Drop the snapshot of ``prepack()``, if there is one: calls read the weights again."""
-        self._packed = None
+        self._packed = self._direct = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.unpack()
@@ -72,6 +80,7 @@ class _Recurrent(torch.nn.RNNBase):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state.pop("_packed", None)
+        state.pop("_direct", None)
         return state
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
@@ -82,6 +91,8 @@ class _Recurrent(torch.nn.RNNBase):
             RuntimeError: a size of ``input`` or ``hx`` is wrong, a device or the dtype of
                 ``hx`` differs, or the sequence is empty.
         """
+        if self._is_direct(input) and (result := self._forward_direct(input, hx)):
+            return result
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() != 3:
@@ -89,6 +100,30 @@ class _Recurrent(torch.nn.RNNBase):
         x = input.transpose(0, 1) if self.batch_first else input
         y, states = self._run(x, None if hx is None else self._as_states(hx))
         return y.transpose(0, 1) if self.batch_first else y, _as_hx(states)
+
+    def _is_direct(self, input: Tensor | PackedSequence) -> TypeGuard[Tensor]:
+        """Whether one call of `prepacked_op` computes this input, if its sizes are right."""
+        return (
+            self._direct is not None and type(input) is Tensor and input.dim() == 3 and unobserved()
+        )
+
+    def _forward_direct(self, input: Tensor, hx: Any) -> Any:
+        """`forward` on the snapshot; None for arguments that only the checks there can judge."""
+        h_0, c_0 = hx, None
+        if hx is not None:
+            if self.mode == "LSTM":
+                if type(hx) is not tuple or len(hx) != 2 or type(hx[1]) not in _PLAIN:
+                    return None
+                h_0, c_0 = hx
+            if type(h_0) not in _PLAIN:
+                return None
+        x = input.transpose(0, 1) if self.batch_first else input
+        try:
+            y, h_n, c_n = prepacked_op(x, h_0, c_0, self._direct)
+        except RuntimeError:  # forward() says it in torch.nn's words
+            return None
+        y = y.transpose(0, 1) if self.batch_first else y
+        return y, ((h_n, c_n) if self.mode == "LSTM" else h_n)
 
     def _forward_unbatched(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
         if input.dim() != 2:

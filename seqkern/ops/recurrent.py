@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -42,6 +46,10 @@ _LIB.define(
     " Tensor h0, Tensor? c0, Tensor[] weights, Tensor y, Tensor gates, Tensor cells, str mode,"
     " bool need_dx, bool need_dw)"
     " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
+)
+_LIB.define(
+    "recurrent_prepacked(Tensor x, Tensor? h0, Tensor? c0, Tensor packed)"
+    " -> (Tensor y, Tensor h_n, Tensor c_n)"
 )
 _LIB.define("recurrent_pack(Tensor[] weights, str mode, int directions) -> Tensor[]")
 
@@ -135,6 +143,8 @@ register(_LIB)
 
 _training_op = torch.ops.seqkern.recurrent.default
 _inference_op = torch.ops.seqkern.recurrent_inference.default
+# A dense layer on packed weights alone: the short call for which `unobserved` asks.
+prepacked_op = torch.ops.seqkern.recurrent_prepacked.default
 
 
 def recurrent(
@@ -241,6 +251,23 @@ def needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tenso
             return True
     # Inside torch.func transforms the outermost tensor does not tell what the inner ones need.
     return _are_functorch_transforms_active()
+
+
+def unobserved() -> bool:
+    """Whether a call is for its numbers alone: no gradient, autocast, transform, mode, tracing."""
+    return not (
+        is_compiling()
+        or torch.is_grad_enabled()
+        or _is_any_autocast_enabled()
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    )
+
+
+def has_prepacked_kernel(device: str) -> bool:
+    """Whether `prepacked_op` serves inference on this type of device."""
+    return has_native_kernel("recurrent_prepacked", device) and all(row.grad for row in ONEDNN)
 
 
 def _recorded() -> Callable[..., tuple[Tensor, ...]]:

@@ -164,13 +164,14 @@ struct ForwardPass {
       hr = static_cast<A*>(const_cast<void*>(f.packed[d].hr));
       bias = static_cast<C*>(const_cast<void*>(f.packed[d].bias));
     }
-    const S* h0 = static_cast<const S*>(f.h0) + d * s.B * s.P;
+    const S *h0 = static_cast<const S*>(f.h0), *c0 = static_cast<const S*>(f.c0);
     for (int64_t b = me.rank; b < s.B; b += me.members) {
+      const int64_t at = d * s.B + b;
       // Both buffers: a row that joins late reads whichever is current then.
-      for (A* buffer : h_buffer) copy_row<C>(buffer + b * ldh, h0 + b * s.P, s.P, ldh);
+      for (A* buffer : h_buffer)
+        copy_row<C>(buffer + b * ldh, h0 ? h0 + at * s.P : h0, h0 ? s.P : 0, ldh);
       if (s.proj) copy_row<C>(m + b * ldm, h0, 0, ldm);
-      if (M == Mode::lstm)
-        copy_row<C>(c + b * ldc, static_cast<const S*>(f.c0) + (d * s.B + b) * s.H, s.H, ldc);
+      if (M == Mode::lstm) copy_row<C>(c + b * ldc, c0 ? c0 + at * s.H : c0, c0 ? s.H : 0, ldc);
     }
     me.wait();
   }
