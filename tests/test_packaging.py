@@ -251,6 +251,7 @@ def test_gpu_script_runs_dry(tmp_path):
         assert result["dry_run"] is True
     measured = json.loads((out / "lstm-f32-inference-step.json").read_text())
     assert measured["benchmarks"]
+    assert "decode-full" in (out / "bench.log").read_text()
     assert "seqkern::recurrent " in (out / "build.log").read_text()
 
 
