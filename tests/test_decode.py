@@ -298,6 +298,14 @@ REFUSED = {
         paged([[0, 9], [1, 3]]),
         r"block_table\[1, 1\] must be one of the 3 pages of the pool, got 3",
     ),
+    "no pool": (
+        call(
+            k_cache=torch.zeros(0, 2, 4, 8),
+            v_cache=torch.zeros(0, 2, 4, 8),
+            block_table=torch.zeros(2, 1, dtype=torch.int32),
+        ),
+        "k_cache must hold pages for block_table to name, got none",
+    ),
     "page below": (paged([[-1, 0], [1, 2]]), r"block_table\[0, 0\] .* got -1"),
     "shared": (
         paged([[0, 1], [1, 0]], **appending()),
