@@ -1,0 +1,1 @@
+"""seqkern in other libraries; each module is imported by who needs it, with its library."""
