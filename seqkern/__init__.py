@@ -5,6 +5,7 @@ from seqkern.convert import convert as convert
 from seqkern.ops.attention import attention as attention
 from seqkern.ops.attention import attention_varlen as attention_varlen
 from seqkern.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
+from seqkern.ops.combine import combine_partials as combine_partials
 from seqkern.ops.decode import attention_decode as attention_decode
 from seqkern.ops.explain import explain as explain
 from seqkern.ops.functional import gru as gru
@@ -23,6 +24,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "combine_partials",
     "convert",
     "explain",
     "gru",
