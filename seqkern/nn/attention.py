@@ -83,8 +83,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             attn_mask: (Tq, Tk) or (B*H, Tq, Tk): True excludes, or floating, added.
             average_attn_weights: return the mean of the weights over the heads.
             is_causal: a promise that ``attn_mask`` excludes exactly the keys after each query.
-                The mask is then not read, unless weights are needed or padding of other
-                sequences than the query's is masked too.
+                The mask is then not read, unless it takes a gradient, weights are needed, or
+                padding of other sequences than the query's is masked too.
 
         Returns:
             The output, laid out like ``query``, and the weights (B, Tq, Tk), for each head
@@ -102,7 +102,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if key_padding_mask is not None or attn_mask is not None or is_causal:
                 raise AssertionError("nested input takes no masks: its sequences have no padding")
             return self._forward_nested(query, key, value, need_weights, average_attn_weights)
-        if is_causal and attn_mask is None:
+        if attn_mask is None and is_causal:
             raise RuntimeError("is_causal is a hint on attn_mask, which must be given too")
         _check_ranks(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         batched, itself = query.dim() == 3, query is key
@@ -118,8 +118,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         explicit = need_weights or dropout_p == 1.0
         # Beside the padding of another sequence than the query's, the mask itself is read, as in
         # torch.nn: with Tq != Tk there is more than one causal mask.
-        promised = key_padding_mask is None or (itself and not self._appended())
-        causal = is_causal and not explicit and promised
+        causal = is_causal and not explicit
+        if attn_mask is not None and attn_mask.requires_grad:
+            causal = False
+        if key_padding_mask is not None:
+            causal = causal and itself and not self._appended()
         mask, bias = self._masks(q, k, None if causal else attn_mask, key_padding_mask)
         k, v = self._append(k, v)
         weights = None

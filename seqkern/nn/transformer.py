@@ -168,8 +168,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         left_out = None
         if padding is not None and mask is None and self._leaves_out(padding, src):
             left_out = padding.bool()
-            # What is traced keeps its shape: there the padding is computed and overwritten.
-            if _readable(padding):
+            # What is traced keeps its shape: there the padding is computed and overwritten. So it
+            # is if there is nothing else, which makes a nested tensor that PyTorch cannot pad.
+            if _readable(padding) and not left_out.all():
                 output, padding = aten._nested_tensor_from_mask(src, ~left_out, False), None
         for layer in self.layers:
             output = layer(output, src_mask=mask, is_causal=is_causal, src_key_padding_mask=padding)
