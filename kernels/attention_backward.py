@@ -106,7 +106,7 @@ def load_grouped_rows(
 @triton.jit
 def add_queries(
     dk, dv, of, q, do, q_source, do_source, lse, delta, slopes, group, only, first, last, tiles,
-    C: tl.constexpr, MASKED: tl.constexpr, GROUPED: tl.constexpr,
+    C: tl.constexpr, MASKED: tl.constexpr, GROUPED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Adds what the query tiles [first, last), or those listed there, give to dk and dv.
 
@@ -146,16 +146,18 @@ def add_queries(
         w = load_grouped_rows(
             do_source, do, member, i0, q_len, BLOCK_M, C.DV, C.BLOCK_DV, C.DESCRIPTORS, C.I64
         )
-        kept = p
-        if of.dropout.seed is not None:
-            keep = keep_mask(of.dropout, i, of.at, h, of.b)
-            kept = tl.where(keep, p * of.dropout.gain, 0.0)
-        dv = tl.dot(kept.to(w.dtype), w, dv, input_precision=PRECISION)
-        d = tl.load(row_base(delta, of.b, h) + rows, mask=exists, other=0.0)[None, :]
-        ds = score_gradients(p, of.u, tl.trans(w), i, of.at, h, d, of, C)
-        if of.rule.cap is not None:
-            ds = ds * cap_slope(product, of.rule)
-        dk = tl.dot(ds.to(y.dtype), y, dk, input_precision=PRECISION)
+        if PART != "k":
+            kept = p
+            if of.dropout.seed is not None:
+                keep = keep_mask(of.dropout, i, of.at, h, of.b)
+                kept = tl.where(keep, p * of.dropout.gain, 0.0)
+            dv = tl.dot(kept.to(w.dtype), w, dv, input_precision=PRECISION)
+        if PART != "v":
+            d = tl.load(row_base(delta, of.b, h) + rows, mask=exists, other=0.0)[None, :]
+            ds = score_gradients(p, of.u, tl.trans(w), i, of.at, h, d, of, C)
+            if of.rule.cap is not None:
+                ds = ds * cap_slope(product, of.rule)
+            dk = tl.dot(ds.to(y.dtype), y, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -163,9 +165,10 @@ def add_queries(
 def dkdv_kernel(
     q, k, v, do, lse, delta, dk, dv, mask, bias, q_lens, k_lens, cu_q, cu_k, slopes, rule, scale,
     live, seed, threshold, gain, left, right, n_heads, group, max_q, max_k, q_rows, k_rows,
-    n_tiles, section, pairs, C: tl.constexpr, GROUPED: tl.constexpr,
+    n_tiles, section, pairs, C: tl.constexpr, GROUPED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys of one (batch, key head) pair, summed over its query heads."""
+    """dk and dv of one tile of keys of one (batch, key head) pair, summed over its query heads;
+    or one of them, where PART is "k" or "v"."""
     BLOCK_N: tl.constexpr = C.BLOCK_N
     BLOCK_D: tl.constexpr = C.BLOCK_D
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
@@ -203,33 +206,35 @@ def dkdv_kernel(
             tiles = row_base(live, b, h + member) + tile.to(tl.int64) * live.t
             sum_k, sum_v = add_queries(
                 sum_k, sum_v, of, q, do, q_source, do_source, lse, delta, slopes, group, member,
-                1, tl.load(tiles) + 1, tiles, C, True, False,
+                1, tl.load(tiles) + 1, tiles, C, True, False, PART,
             )  # fmt: skip
     else:
         span = query_range(j0, j0 + BLOCK_N, limits, C.BLOCK_M)
         if right is not None:
             sum_k, sum_v = add_queries(
                 sum_k, sum_v, of, q, do, q_source, do_source, lse, delta, slopes, group, h * 0,
-                span.start, span.inner, None, C, True, GROUPED,
+                span.start, span.inner, None, C, True, GROUPED, PART,
             )  # fmt: skip
         sum_k, sum_v = add_queries(
             sum_k, sum_v, of, q, do, q_source, do_source, lse, delta, slopes, group, h * 0,
-            span.inner, span.outer, None, C, False, GROUPED,
+            span.inner, span.outer, None, C, False, GROUPED, PART,
         )  # fmt: skip
         if left is not None:
             sum_k, sum_v = add_queries(
                 sum_k, sum_v, of, q, do, q_source, do_source, lse, delta, slopes, group, h * 0,
-                span.outer, span.stop, None, C, True, GROUPED,
+                span.outer, span.stop, None, C, True, GROUPED, PART,
             )  # fmt: skip
     rows = max_k
     if cu_k is not None:
         rows = k_len
     # A key beyond the end has the scores of a zero key, which are not its own.
     exists = (j < k_len)[:, None]
-    sum_k = tl.where(exists, sum_k * scale, 0.0)
-    sum_v = tl.where(exists, sum_v, 0.0)
-    store_rows(base(dk, b, kv_head, k0), dk, sum_k, j0, rows, BLOCK_N, C.D, BLOCK_D, C.I64)
-    store_rows(base(dv, b, kv_head, k0), dv, sum_v, j0, rows, BLOCK_N, C.DV, BLOCK_DV, C.I64)
+    if PART != "v":
+        x = tl.where(exists, sum_k * scale, 0.0)
+        store_rows(base(dk, b, kv_head, k0), dk, x, j0, rows, BLOCK_N, C.D, BLOCK_D, C.I64)
+    if PART != "k":
+        x = tl.where(exists, sum_v, 0.0)
+        store_rows(base(dv, b, kv_head, k0), dv, x, j0, rows, BLOCK_N, C.DV, BLOCK_DV, C.I64)
 
 
 # ---- dQ -----------------------------------------------------------------------------------
@@ -465,7 +470,10 @@ def _key_gradients(
     dk, dv = call.new_output(call.k, call.D), call.new_output(call.v, call.DV)
     config = config or choose("dkdv", call.D, call.DV, call.q.dtype)
     n_tiles, pairs = triton.cdiv(call.Tk, config.block_n), call.B * call.Hkv
-    if dk.numel():
+    if not n_tiles * pairs:
+        return dk, dv
+    live = live_tiles(call, config.block_m, config.block_n, transposed=True)
+    for part in ("k", "v") if config.split else ("kv",):
         dkdv_kernel[(n_tiles * pairs,)](
             **call.common(),
             do=call.view(do),
@@ -474,12 +482,13 @@ def _key_gradients(
             dk=call.view(dk),
             dv=call.view(dv),
             scale=call.scale,
-            live=live_tiles(call, config.block_m, config.block_n, transposed=True),
+            live=live,
             n_tiles=n_tiles,
             section=call.section(pairs, 1),
             pairs=pairs,
             C=call.build(config, do, dk, dv),
             GROUPED=call.H > call.Hkv,
+            PART=part,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -178,7 +178,7 @@ def attention_forward(
         "attention", q, k, v, mask, bias, q_lens, k_lens, alibi_slopes, sinks, seed, cu_q, cu_k,
         causal, window_left, window_right, softcap, dropout_p, scale, max_q, max_k,
     )  # fmt: skip
-    o, lse = call.new_output(q, call.DV), call.new_rows(float("-inf"))
+    o, lse = call.new_output(q, call.DV), call.new_rows(0.0)
     if o.numel():
         config = config or choose("forward", call.D, call.DV, q.dtype)
         with on_device(q):

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 
-
 @dataclass(frozen=True)
 class Config:
     block_m: int
@@ -11,6 +10,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
     descriptors: bool = False
+    split: bool = False
 
 
 def choose(kernel, D, DV, dtype, arch=None):
