@@ -251,6 +251,58 @@ struct Product<C, C> {
     }
   }
 
+  static constexpr int kStreamRows = 4;
+
+  // The product of R rows with `count` rows of weights, a vector of columns of C. Each block is
+  // multiplied as soon as it is transposed: for so few rows, storing it costs more than the
+  // product.
+  template <class S, int R>
+  static void stream_vector(const C* a, int64_t lda, const S* w, int64_t K, int64_t count, C* c,
+                            int64_t ldc) {
+    constexpr int L = kLanes<C>;
+    for (int64_t k0 = 0; k0 < K; k0 += kSumBlock) {
+      const int64_t end = min_(k0 + kSumBlock, K);
+      V<C> acc[R] = {};
+      for (int64_t k = k0; k < end; k += L) {
+        const int64_t n = min_<int64_t>(L, end - k);
+        V<C> r[L];
+        if (n == L && count == L) {
+#pragma GCC unroll 16
+          for (int l = 0; l < L; ++l) {
+            r[l] = load_as<C>(w + l * K + k);
+            __builtin_prefetch(w + l * K + k + 4 * L);
+          }
+          transpose<C>(r);
+#pragma GCC unroll 16
+          for (int l = 0; l < L; ++l)
+#pragma GCC unroll 4
+            for (int q = 0; q < R; ++q)
+              acc[q] = MultiplyAdd<C>::apply(acc[q], splat(a[q * lda + k + l]), r[l]);
+          continue;
+        }
+        for (int l = 0; l < L; ++l) r[l] = l < count ? load_n<C>(w + l * K + k, n) : V<C>{};
+        transpose<C>(r);
+        for (int64_t l = 0; l < n; ++l)
+          for (int q = 0; q < R; ++q)
+            acc[q] = MultiplyAdd<C>::apply(acc[q], splat(a[q * lda + k + l]), r[l]);
+      }
+      for (int q = 0; q < R; ++q) store<C>(c + q * ldc, load<C>(c + q * ldc) + acc[q]);
+    }
+  }
+
+  template <class S, Mode M, int R = 1>
+  static void stream(int64_t m, const C* a, int64_t lda, const Matrix<S, C>& w, int64_t p0,
+                     int64_t p1, C* c, int64_t ldc, const Columns& columns) {
+    if constexpr (R < kStreamRows)
+      if (m != R) return stream<S, M, R + 1>(m, a, lda, w, p0, p1, c, ldc, columns);
+    for (int64_t p = p0; p < p1; ++p)
+      for (int half = 0; half < 2; ++half) {
+        const VectorRows rows = gate_rows<M>(2 * p + half, w.rows, kLanes<C>);
+        stream_vector<S, R>(a, lda, w.raw + rows.first * w.K, w.K, rows.count,
+                            c + column_of(columns, p) + half * kLanes<C>, ldc);
+      }
+  }
+
   // C[m rows][panels p0..p1 by `columns`] += A B. `scratch` holds four panels when the matrix is
   // not packed. `backwards` walks the panels from the last: every second step of a sequence does,
   // so that what the cache still holds of the weights is used first.
@@ -259,6 +311,8 @@ struct Product<C, C> {
                    int64_t p1, C* c, int64_t ldc, const Columns& columns, C* scratch,
                    bool backwards) {
     if (m <= 0 || p1 <= p0) return;
+    if (!w.packed && !w.columns && m <= kStreamRows)
+      return stream<S, M>(m, a, lda, w, p0, p1, c, ldc, columns);
     const Cut cut = cut_of(m, w.K);
     const int64_t size = panel_size(w.K), turns = ceil_div(p1 - p0, cut.panels);
     for (int64_t turn = 0; turn < turns; ++turn) {
