@@ -59,12 +59,14 @@ class Budget:
     """What a kernel may take and what must stand in its code.
 
     `matrix` is the instruction that its products must use: "native" for that of the target's
-    matrix unit, None for a kernel that may do without. `required` names SASS instructions.
+    matrix unit, None for a kernel that may do without. `serialised` allows products of which one
+    waits for the other. `required` names SASS instructions.
     """
 
     spill_bytes: int = 0
-    registers: int = 255
+    registers: int = 512
     matrix: str | None = "native"
+    serialised: bool = False
     atomics: int = 0
     required: tuple[str, ...] = ()
 
@@ -153,7 +155,7 @@ def gate(report: Report, budget: Budget | None = None) -> None:
         ("bytes of shared memory", report.shared_bytes, limit),
         ("columns of tensor memory", report.tensor_columns, TENSOR_COLUMNS),
         ("atomics", report.atomics, budget.atomics),
-        ("wgmma serialised", int(report.serialised), 0),
+        ("wgmma serialised", int(report.serialised), int(budget.serialised)),
     ]
     failed = [f"{what}: {n}, at most {most} allowed" for what, n, most in checks if n > most]
     if matrix and not report.products[matrix]:
