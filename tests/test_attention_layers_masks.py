@@ -106,6 +106,71 @@ def test_stacks_find_out_that_a_mask_is_causal(kind: str, seen: list[dict[str, A
     assert [call["causal"] for call in seen] == [None] * 4
 
 
+def test_beside_padding_of_a_memory_the_mask_is_read() -> None:
+    theirs, ours = pair("MultiheadAttention", 6, 3, batch_first=True)
+    x, memory = torch.randn(2, 3, 6, dtype=F64), torch.randn(2, 5, 6, dtype=F64)
+    kwargs = {
+        "attn_mask": torch.ones(3, 5, dtype=torch.bool).triu(3),  # the last two corners meet
+        "key_padding_mask": torch.arange(5) >= torch.tensor([[5], [3]]),
+        "need_weights": False,
+        "is_causal": True,
+    }
+    expected = theirs(x, memory, memory, **kwargs)[0]
+    torch.testing.assert_close(ours(x, memory, memory, **kwargs)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "gradient", "switched off", "training", "not nested", "left"]
+)
+def test_when_padding_is_left_out(case: str) -> None:
+    """Zeros at padded positions under torch.nn's conditions, and only then."""
+    theirs, ours = (
+        package.TransformerEncoder(
+            package.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True),
+            2,
+            enable_nested_tensor=case != "not nested",
+        )
+        for package in (torch.nn, seqkern.nn)
+    )
+    ours.load_state_dict(theirs.state_dict())
+    theirs.train(case == "training"), ours.train(case == "training")
+    x, padding = torch.randn(2, 4, 8), torch.arange(4) >= torch.tensor([[4], [2]])
+    padding = padding.flip(1) if case == "left" else padding
+    results = []
+    torch.backends.mha.set_fastpath_enabled(case != "switched off")
+    try:
+        for module in (theirs, ours):
+            with torch.set_grad_enabled(case == "gradient"):
+                results.append(module(x, src_key_padding_mask=padding))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    expected, actual = (r[padding] for r in results)
+    assert torch.equal(expected == 0, actual == 0)
+    assert (actual == 0).all() == (case == "plain")
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_padding_is_computed_under_autocast() -> None:
+    """torch.nn's condition; on the CPU torch.nn itself looks at the GPU's autocast, and raises."""
+    ours = stack("Encoder", batch_first=True, dropout=0.0).float()
+    x, padding = torch.randn(2, 4, 8), torch.arange(4) >= torch.tensor([[4], [2]])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = ours.train()(x, src_key_padding_mask=padding)
+        with torch.no_grad():
+            actual = ours.eval()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_finite_padding_is_added_on_every_path() -> None:
+    ours = stack("Encoder", batch_first=True).eval()
+    x, padding = torch.randn(2, 4, 8, dtype=F64), torch.randn(2, 4, dtype=F64)
+    padding[0] = 0
+    padding[1, :2] = 0
+    with_gradient = ours(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, src_key_padding_mask=padding), with_gradient)
+
+
 # ---- fully masked rows --------------------------------------------------------------------
 
 

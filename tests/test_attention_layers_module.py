@@ -218,6 +218,8 @@ def test_a_foreign_layer_gets_the_masks_that_torch_gives_it() -> None:
     assert seen[0]["is_causal"]
     assert torch.equal(seen[0]["src_mask"], torch.nn.Transformer.generate_square_subsequent_mask(4))
     assert torch.equal(seen[0]["src_key_padding_mask"], torch.zeros(2, 4))
+    stack(x, mask=torch.nn.Transformer.generate_square_subsequent_mask(4).requires_grad_())
+    assert not seen[1]["is_causal"]  # a layer may drop what it hears is causal
 
 
 def test_hooks_run_in_every_mode() -> None:

@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
 from seqkern.nn.attention import MultiheadAttention, check_mask_dtype
+from seqkern.nn.cells import autocast_enabled
 
 aten = torch.ops.aten
 # Where torch.nn has a fast path. No accelerator besides these is known to this package.
@@ -187,7 +188,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             return False
         if src.dim() != 3 or src.is_nested or src.device.type not in _FAST_DEVICES:
             return False
-        if not torch.backends.mha.get_fastpath_enabled() or torch.is_autocast_enabled():
+        if not torch.backends.mha.get_fastpath_enabled() or autocast_enabled(src):
             return False
         tensors = src, *first.parameters()
         if has_torch_function(tensors):
