@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention_table import Config
+from .attention_table import Config, choose
 from .tile import Plane, Row, Rule, View
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32
@@ -177,6 +177,16 @@ class Arguments:
         """Whether scores are products times a positive number and nothing else."""
         return self.softcap == 0 and self.bias is None and self.slopes is None and self.scale > 0
 
+    @property
+    def costly(self) -> bool:
+        """Whether a score takes more than its place to tell: see attention_table.choose."""
+        given = self.mask, self.bias, self.slopes, self.seed
+        return self.softcap > 0 or any(t is not None for t in given)
+
+    def config(self, kernel: str) -> Config:
+        """What the table has for this call of a kernel, on the active device."""
+        return choose(kernel, max(self.D, self.DV), self.q.dtype, costly=self.costly)
+
     def _rule(self) -> Rule:
         log2e = 1 / math.log(2)
         if self.softcap:
@@ -208,7 +218,8 @@ class Arguments:
             size = t.element_size()
             strides = self.strides(t)
             whole = all(stride * size % 16 == 0 for stride in strides[:3])
-            return strides[3] == 1 and whole and t.data_ptr() % 16 == 0 and strides[2] > 0
+            # A tensor that is expanded over heads or rows has strides of 0.
+            return strides[3] == 1 and whole and t.data_ptr() % 16 == 0 and min(strides[1:3]) > 0
 
         return all(fits(t) for t in tensors)
 

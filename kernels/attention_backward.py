@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_arguments import SIZES, Arguments, block_of, check, check_gradients, on_device
+from .attention_arguments import SIZES, Arguments, check, check_gradients, on_device
 from .attention_bias_gradient import bias_gradient
-from .attention_gradients import Own, probabilities, score_gradients
+from .attention_gradients import Own, delta_of, probabilities, score_gradients
 from .attention_live import live_tiles
-from .attention_table import Config, choose
+from .attention_table import Config
 from .tile import (
     LOG2E,
     Dropout,
@@ -38,39 +38,6 @@ from .tile import (
     source,
     store_rows,
 )
-
-# ---- delta --------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=SIZES)
-def delta_kernel(
-    o, do, lse, dlse, lse2, delta, q_lens, cu_q, n_heads, max_q, q_rows, n_tiles,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, I64: tl.constexpr,
-):  # fmt: skip
-    """delta = rowsum(do * o) - dlse, and lse in base 2. A query that has nothing or does not exist
-    gets 0 and +inf, which makes its probabilities 0."""
-    pid = tl.program_id(0)
-    pair = pid // n_tiles
-    b = pair // n_heads
-    h = pair % n_heads
-    q0, q_len = bounds(b, q_lens, cu_q, max_q, q_rows)
-    i0 = pid % n_tiles * BLOCK_M
-    i = i0 + tl.arange(0, BLOCK_M)
-    exists = i < q_len
-    x = load_rows(base(o, b, h, q0), o, i0, q_len, BLOCK_M, DV, BLOCK_DV, True, False, I64)
-    u = load_rows(base(do, b, h, q0), do, i0, q_len, BLOCK_M, DV, BLOCK_DV, True, False, I64)
-    total = tl.sum(x.to(tl.float32) * u.to(tl.float32), 1)
-    if dlse is not None:
-        total -= tl.load(row_base(dlse, b, h) + q0 + i, mask=exists, other=0.0)
-    log = tl.load(row_base(lse, b, h) + q0 + i, mask=exists, other=float("-inf"))
-    some = log > float("-inf")
-    rows = max_q
-    if cu_q is not None:
-        rows = q_len
-    tl.store(row_base(delta, b, h) + q0 + i, tl.where(some, total, 0.0), mask=i < rows)
-    log = tl.where(some, log * LOG2E, float("inf"))
-    tl.store(row_base(lse2, b, h) + q0 + i, log, mask=i < rows)
-
 
 # ---- dK and dV ----------------------------------------------------------------------------
 
@@ -401,7 +368,7 @@ def attention_backward(
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq = dk = dv = dbias = dsinks = q.new_empty(0)
     with on_device(q):
-        lse2, delta = _delta(call, do, dlse, o, lse)
+        lse2, delta = delta_of(call, do, dlse, o, lse)
         if need_dq:
             dq = _query_gradient(call, do, lse2, delta, config)
         if need_dkv:
@@ -413,37 +380,11 @@ def attention_backward(
     return dq, dk, dv, dbias, dsinks
 
 
-def _delta(
-    call: Arguments, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """lse in base 2 and delta, see delta_kernel."""
-    lse2, delta = call.new_rows(float("inf")), call.new_rows(0.0)
-    common = call.common()
-    block = 32 if call.DV > 128 else 64
-    n_tiles = triton.cdiv(call.Tq, block)
-    if delta.numel():
-        delta_kernel[(n_tiles * call.B * call.H,)](
-            **{name: common[name] for name in ("q_lens", "cu_q", "n_heads", "max_q", "q_rows")},
-            o=call.view(o),
-            do=call.view(do),
-            lse=call.row(lse),
-            dlse=None if dlse is None else call.row(dlse),
-            lse2=call.row(lse2),
-            delta=call.row(delta),
-            n_tiles=n_tiles,
-            DV=call.DV,
-            BLOCK_DV=block_of(call.DV),
-            BLOCK_M=block,
-            I64=call.needs_int64(o, do),
-        )
-    return lse2, delta
-
-
 def _query_gradient(
     call: Arguments, do: Tensor, lse: Tensor, delta: Tensor, config: Config | None
 ) -> Tensor:
     dq = call.new_output(call.q, call.D)
-    config = config or choose("dq", call.D, call.DV, call.q.dtype)
+    config = config or call.config("dq")
     n_tiles, pairs = triton.cdiv(call.Tq, config.block_m), call.B * call.H
     if dq.numel():
         dq_kernel[(n_tiles * pairs,)](
@@ -468,7 +409,7 @@ def _key_gradients(
     call: Arguments, do: Tensor, lse: Tensor, delta: Tensor, config: Config | None
 ) -> tuple[Tensor, Tensor]:
     dk, dv = call.new_output(call.k, call.D), call.new_output(call.v, call.DV)
-    config = config or choose("dkdv", call.D, call.DV, call.q.dtype)
+    config = config or call.config("dkdv")
     n_tiles, pairs = triton.cdiv(call.Tk, config.block_n), call.B * call.Hkv
     if not n_tiles * pairs:
         return dk, dv
@@ -487,7 +428,7 @@ def _key_gradients(
             section=call.section(pairs, 1),
             pairs=pairs,
             C=call.build(config, do, dk, dv),
-            GROUPED=call.H > call.Hkv,
+            GROUPED=call.Hkv < call.H,
             PART=part,
             num_warps=config.num_warps,
             num_stages=config.num_stages,

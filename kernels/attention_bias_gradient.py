@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .attention_arguments import SIZES, Arguments, plane
 from .attention_gradients import Own, probabilities, score_gradients
-from .attention_table import Config, choose
+from .attention_table import Config
 from .tile import (
     LOG2E,
     Dropout,
@@ -121,7 +121,7 @@ def bias_gradient(
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     if not dbias.numel():
         return dbias
-    config = config or choose("dbias", call.D, call.DV, call.q.dtype)
+    config = config or call.config("dbias")
     full = triton.cdiv(call.Tq, config.block_m), triton.cdiv(call.Tk, config.block_n)
     batches, heads, *lengths = bias.shape
     sums = [n == 1 for n in lengths]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention_arguments import SIZES, Arguments, check, on_device
 from .attention_live import live_tiles
-from .attention_table import Config, choose
+from .attention_table import Config
 from .tile import (
     LOG2E,
     Dropout,
@@ -180,7 +180,7 @@ def attention_forward(
     )  # fmt: skip
     o, lse = call.new_output(q, call.DV), call.new_rows(0.0)
     if o.numel():
-        config = config or choose("forward", call.D, call.DV, q.dtype)
+        config = config or call.config("forward")
         with on_device(q):
             _launch(call, o, lse, config)
     return o, lse

@@ -1,10 +1,30 @@
-"""Launch choices of the attention kernels."""
+"""Launch choices of the attention kernels: data, found by compiling ahead of time.
 
-from dataclasses import dataclass
+Each row is the largest of the tried tiles that ptxas (12.8, Triton 3.6; 12.9 for sm_100) compiles
+without a spill, within the shared memory, and for sm_90 without waiting for every single product
+(its C7515), for a causal call with key lengths and grouped heads. How fast the rows are has not
+been measured. A comment gives the registers of a thread where they are at the limit of 255, or
+what was wrong with the next larger tile.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
 
 
 @dataclass(frozen=True)
 class Config:
+    """How to launch one kernel.
+
+    Attributes:
+        block_m, block_n: queries and keys of a tile, powers of two of at least 16.
+        num_warps, num_stages: of the program, and of its pipeline of loads.
+        descriptors: load by the tensor memory accelerator where the strides allow it.
+        split: dK and dV by a launch each.
+    """
+
     block_m: int
     block_n: int
     num_warps: int = 4
@@ -13,5 +33,196 @@ class Config:
     split: bool = False
 
 
-def choose(kernel, D, DV, dtype, arch=None):
-    return Config(64, 64)
+Rows = dict[int, Config]
+
+
+def tma(*sizes: int) -> Config:
+    return Config(*sizes, descriptors=True)
+
+
+# By kernel, then by the largest head dimension that the row serves.
+HOPPER: dict[str, Rows] = {
+    "forward": {
+        32: tma(128, 128, 8, 3),  # 188; 4 warps spill 32 bytes
+        64: tma(128, 128, 8, 3),  # 203
+        128: tma(128, 128, 8, 2),  # 201
+        256: tma(128, 64, 8, 2),  # 245
+        512: tma(32, 32, 8, 1),  # 170; 64 x 32 spills 20 bytes
+    },
+    "dkdv": {
+        32: tma(64, 128, 8, 2),  # 171
+        64: tma(64, 128, 8, 2),  # 201
+        128: tma(32, 128, 8, 2),  # 226; 64 x 128 spills 52 bytes
+        256: tma(16, 64, 8, 2),  # 241; 32 x 64 spills 8 bytes
+        # Two sums of 512 columns are too many registers for one launch; by descriptors, with one
+        # stage, ptxas spills kilobytes. As it is, dK spills 84 bytes.
+        512: Config(32, 32, 8, 1, split=True),
+    },
+    "dq": {
+        32: tma(128, 128, 8, 2),  # 181
+        64: tma(128, 128, 8, 2),  # 204
+        128: tma(128, 64, 8, 2),  # 182
+        256: tma(128, 32, 8, 1),  # 255
+        512: tma(32, 32, 8, 1),  # 244; 64 x 32 spills 2496 bytes
+    },
+    "dbias": {
+        32: Config(128, 64, 8, 2),  # 250
+        64: Config(128, 64, 8, 2),  # 250
+        128: Config(64, 64, 8, 2),  # 215; 4 warps spill 124 bytes
+        256: Config(64, 64, 8, 1),  # 233
+        512: Config(16, 32, 4, 1),  # 252; 32 x 32 spills 2 KB
+    },
+}
+AMPERE: dict[str, Rows] = {
+    "forward": {
+        32: Config(128, 128, 8, 3),  # 217
+        64: Config(128, 64, 8, 3),  # 194; 128 x 128 spills 8 bytes
+        128: Config(128, 64, 8, 2),  # 221; a third stage spills 40 bytes
+        256: Config(64, 64, 8, 2),  # 255
+        512: Config(32, 32, 8, 1),  # 251; 64 x 32 spills 84 bytes
+    },
+    "dkdv": {
+        32: Config(64, 128, 8, 2),  # 255
+        64: Config(32, 64, 8, 2),  # 255 and 4 bytes; 64 x 64 spills 16
+        128: Config(64, 64, 8, 2),  # 185; 32 x 128 spills 32 bytes
+        256: Config(32, 64, 8, 1),  # 255
+        512: Config(32, 32, 8, 1, split=True),  # 252
+    },
+    "dq": {
+        32: Config(128, 64, 8, 2),  # 181; 128 x 128 spills 44 bytes
+        64: Config(128, 64, 8, 2),  # 184; 128 x 128 spills 100 bytes
+        128: Config(128, 32, 8, 2),  # 204; 128 x 64 spills 84 bytes
+        256: Config(64, 64, 8, 1),  # 231
+        512: Config(32, 32, 8, 1),  # 248
+    },
+    "dbias": {
+        32: Config(64, 64, 8, 2),  # 254
+        64: Config(64, 64, 8, 2),  # 254; 128 x 64 spills 12 bytes
+        128: Config(64, 32, 4, 2),  # 203; 64 x 64 spills 76 bytes
+        256: Config(32, 16, 4, 1),  # 255; 32 x 32 spills 468 bytes
+        512: Config(16, 32, 4, 1),  # 254; 32 x 32 spills 2 KB
+    },
+}
+# As sm_80 but for what needs more than 99 KB of shared memory.
+ADA: dict[str, Rows] = {
+    "forward": AMPERE["forward"] | {256: Config(64, 32, 8, 2)},  # 187
+    "dkdv": AMPERE["dkdv"]
+    | {
+        256: Config(32, 32, 8, 1),  # 158
+        512: Config(16, 16, 4, 1, split=True),  # 166; 16 x 32 spills 12 bytes
+    },
+    "dq": AMPERE["dq"]
+    | {
+        256: Config(64, 32, 8, 1),  # 182
+        512: Config(16, 32, 8, 1),  # 179
+    },
+    "dbias": AMPERE["dbias"],
+}
+BLACKWELL: dict[str, Rows] = HOPPER
+# A product of fp32 is made of fused multiply-adds: what counts is how many a thread holds.
+FP32: dict[str, Rows] = {
+    "forward": {
+        32: Config(64, 32, 4, 1),
+        64: Config(32, 32, 4, 1),
+        128: Config(32, 32, 4, 1),
+        256: Config(16, 32, 4, 1),
+        512: Config(16, 16, 4, 1),
+    },
+    "dkdv": {
+        32: Config(32, 32, 4, 1),
+        64: Config(32, 32, 4, 1),
+        128: Config(32, 32, 8, 1),
+        256: Config(16, 16, 4, 1),
+        512: Config(16, 16, 4, 1, split=True),
+    },
+    "dq": {
+        32: Config(32, 32, 4, 1),
+        64: Config(32, 32, 4, 1),
+        128: Config(32, 32, 8, 1),
+        256: Config(16, 16, 4, 1),
+        512: Config(16, 16, 4, 1),
+    },
+    "dbias": {
+        32: Config(32, 32, 4, 1),
+        64: Config(32, 32, 4, 1),
+        128: Config(32, 32, 8, 1),
+        256: Config(16, 16, 4, 1),
+        512: Config(16, 16, 4, 1),
+    },
+}
+CDNA: dict[str, Rows] = {
+    "forward": {
+        64: Config(64, 64, 4, 1),
+        128: Config(64, 32, 4, 1),
+        256: Config(32, 32, 4, 1),
+        512: Config(32, 16, 4, 1),
+    },
+    "dkdv": {
+        64: Config(32, 64, 4, 1),
+        128: Config(32, 32, 4, 1),
+        256: Config(16, 32, 4, 1),
+        512: Config(16, 16, 4, 1, split=True),
+    },
+    "dq": {
+        64: Config(64, 64, 4, 1),
+        128: Config(64, 32, 4, 1),
+        256: Config(32, 16, 4, 1),
+        512: Config(16, 16, 4, 1),
+    },
+    "dbias": {
+        64: Config(64, 64, 4, 1),
+        128: Config(32, 32, 4, 1),
+        256: Config(32, 32, 4, 1),
+        512: Config(16, 16, 4, 1),
+    },
+}
+
+
+def rows_of(backend: str, arch: int | str, dtype: torch.dtype) -> dict[str, Rows]:
+    """The rows for a target as Triton names it, ("cuda", 90) or ("hip", "gfx942").
+
+    Raises:
+        ValueError: a GPU before compute capability 8.0.
+    """
+    if dtype == torch.float32:
+        return FP32
+    if backend != "cuda" or isinstance(arch, str):
+        return CDNA
+    if arch < 80:
+        raise ValueError(
+            f"attention: the device must be of compute capability 8.0 or later, got {arch / 10}"
+        )
+    # Later consumer parts (8.6, 8.9, 12.0) have 99 KB of shared memory, whatever their age.
+    known = {80: AMPERE, 87: AMPERE, 90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
+    return known.get(arch, ADA)
+
+
+def choose(
+    kernel: str,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    costly: bool = False,
+    target: tuple[str, int | str] | None = None,
+) -> Config:
+    """The launch choice for a kernel.
+
+    Args:
+        kernel: "forward", "dkdv", "dq" or "dbias".
+        width: the larger of the head dimensions, at most 512.
+        dtype: of q, k and v.
+        costly: whether scores take more than their place to tell (a mask, a bias, ALiBi, a
+            softcap, dropout). Then the tile is half as wide along the loop.
+        target: backend and architecture; None asks the active Triton driver.
+    """
+    if target is None:
+        driver: Any = triton.runtime.driver
+        active = driver.active.get_current_target()
+        target = active.backend, active.arch
+    rows = rows_of(*target, dtype)[kernel]
+    config = rows[min(limit for limit in rows if limit >= width)]
+    if not costly or kernel == "dbias":
+        return config
+    # The loop of dK and dV runs over queries, the others' over keys.
+    step = "block_m" if kernel == "dkdv" else "block_n"
+    return replace(config, **{step: max(16, getattr(config, step) // 2)})
