@@ -192,6 +192,18 @@ def test_t5(side, calls):
     assert torch.equal(*ids)
 
 
+@pytest.mark.parametrize("model", DECODERS)
+def test_autocast_rounds_no_more_than_eager(model):
+    models = pair(model, "ForCausalLM", DECODERS[model])
+    x, mask = tokens(), padded("left")
+    with torch.no_grad():
+        exact = models[0](x, attention_mask=mask).logits[mask.bool()]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = [m(x, attention_mask=mask).logits[mask.bool()] for m in models]
+    theirs, ours = ((rounded - exact).norm() for rounded in logits)
+    assert 0 < ours < 2 * theirs
+
+
 def test_chunked_attention_gets_a_whole_mask(calls):
     sizes = GQA | EXPERTS | {"attention_chunk_size": 4, "intermediate_size_mlp": 48}
     config = transformers.Llama4TextConfig(**sizes)

@@ -56,8 +56,8 @@ def register(name: str = "seqkern") -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ImportError(
-            "seqkern.integrations.transformers needs transformers 5.23 or later: "
-            "pip install 'seqkern[transformers]'"
+            "seqkern.integrations.transformers needs transformers 5.23 or later "
+            f"(pip install 'seqkern[transformers]'), whose import failed: {error}"
         ) from error
     known = AttentionInterface().get(name)
     if name == "eager" or known not in (None, attention_forward):
