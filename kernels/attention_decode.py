@@ -24,6 +24,7 @@ from .decode_arguments import (
     check_tensor,
     choose,
     choose_splits,
+    common_width,
     needs_int64,
     power_of_2,
     rule_of,
@@ -35,6 +36,7 @@ from .tile import (
     LN2,
     LOG2E,
     Limits,
+    View,
     add_and_exclude,
     base,
     bounds,
@@ -47,13 +49,19 @@ from .tile import (
     tile_product,
 )
 
+# Arguments that change from call to call: a kernel compiled for one value serves every other.
+SIZES = ["left", "right", "n_heads", "group", "places", "pages", "n_tiles", "splits", "table_b"]
+COMBINED_SIZES = ["n_heads", "max_q", "rows", "splits"]
+APPENDED_SIZES = ["n_heads", "new", "places", "pages", "n_tiles", "table_b"]
+
+
 # ---- kernels ------------------------------------------------------------------------------
 
 
 @triton.jit
 def find_pages(entries, stride, j, k_len, pages, PAGE: tl.constexpr):
     """The pages of places j (N,), and which places have none in the pool: they get page 0."""
-    number = tl.load(entries + (j // PAGE) * stride, mask=j < k_len, other=0)
+    number = tl.load(entries + (j // PAGE).to(tl.int64) * stride, mask=j < k_len, other=0)
     absent = (number < 0) | (number >= pages)
     return tl.where(absent, 0, number).to(tl.int64), absent
 
@@ -84,13 +92,28 @@ def finish(acc, m, l):
 
 
 @triton.jit
+def aligned(view, WIDE: tl.constexpr):
+    """A view of which all strides but the last are multiples of WIDE elements.
+
+    Triton finds out by itself about multiples of 16 elements, but 16 bytes are enough.
+    """
+    return View(
+        view.ptr,
+        view.b // WIDE * WIDE,
+        view.h // WIDE * WIDE,
+        view.t // WIDE * WIDE,
+        view.d,
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
     q, k, v, o, lse, parts, states, k_lens, table, table_b, table_t, slopes, sinks, rule,
     left, right, n_heads, group, max_q, places, pages, n_tiles, splits,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     TOP_LEFT: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, I64: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of the rows (head of the group, query) of one key head, over one part of its keys.
 
@@ -98,6 +121,9 @@ def decode_kernel(
     With SPLIT the unfinished state goes to parts (splits, rows, DV) and states (2, splits, rows),
     rows being those of o; else o and lse are written.
     """
+    if WIDE > 1:
+        k = aligned(k, WIDE)
+        v = aligned(v, WIDE)
     pair = tl.program_id(0) // n_tiles
     tile = tl.program_id(0) % n_tiles
     part = tl.program_id(1)
@@ -175,13 +201,15 @@ def decode_kernel(
         tl.store(lse + row, found, mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COMBINED_SIZES)
 def combine_kernel(
     parts, states, o, lse, sinks, n_heads, max_q, rows, splits,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One row of o and lse from the states of all parts. SPLITS: a power of two, >= splits."""
     row = tl.program_id(0).to(tl.int64)
+    # rows * splits may be more than 32 bits hold.
+    rows = rows.to(tl.int64)
     each = tl.arange(0, SPLITS)
     m = tl.load(states + each * rows + row, mask=each < splits, other=float("-inf"))
     top = tl.max(m, 0)
@@ -216,16 +244,17 @@ def combine_kernel(
     tl.store(lse + row, tl.where(l == l, found, l))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=APPENDED_SIZES)
 def append_kernel(
-    k, v, k_new, v_new, k_lens, table, table_b, table_t, new, places, pages,
+    k, v, k_new, v_new, k_lens, table, table_b, table_t, n_heads, new, places, pages, n_tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T new keys and values of one head to their places; nothing outside of the cache."""
-    b = tl.program_id(2)
-    head = tl.program_id(1)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    pair = tl.program_id(0) // n_tiles
+    b = pair // n_heads
+    head = pair % n_heads
+    t = tl.program_id(0) % n_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     place = tl.load(k_lens + b).to(tl.int64) + t
     inside = (t < new) & (place >= 0) & (place < places)
     row = b.to(tl.int64) + place * 0
@@ -274,11 +303,13 @@ def attention_decode(
     if not lse.numel():
         return o, lse
     rows, block_d, block_dv = H // Hkv * Tq, block_of(D), block_of(DV)
+    wide = common_width(k_cache, v_cache)
     config = choose(
         max(block_d, block_dv) * q.element_size(),
         rows,
         fp32=q.dtype == torch.float32,
         paged=block_table is not None,
+        aligned=wide > 1,
         amd=torch.version.hip is not None,
     )
     n_tiles = -(-rows // config.block_m)
@@ -311,6 +342,7 @@ def attention_decode(
         "STAGES": config.num_stages,
         "TOP_LEFT": causal == "top_left",
         "SPLIT": splits > 1,
+        "WIDE": wide,
         "I64": needs_int64(k_cache, v_cache),
         "PRECISION": precision(q.dtype),
         "num_warps": config.num_warps,
@@ -344,12 +376,15 @@ def cache_append(k_cache, v_cache, k_new, v_new, k_lens, block_table) -> None:
     if not B * new:
         return
     block_t = min(16, power_of_2(new))
+    n_tiles = -(-new // block_t)
     arguments = {
         "k_new": view(k_new),
         "v_new": view(v_new),
         "k_lens": k_lens,
+        "n_heads": Hkv,
         "new": new,
         "places": places,
+        "n_tiles": n_tiles,
         "D": D,
         "DV": DV,
         "BLOCK_D": block_of(D),
@@ -357,5 +392,6 @@ def cache_append(k_cache, v_cache, k_new, v_new, k_lens, block_table) -> None:
         "BLOCK_T": block_t,
     }
     with on_device(k_cache):
-        grid = -(-new // block_t), Hkv, B
-        append_kernel[grid](**arguments, **cache_arguments(k_cache, v_cache, block_table))
+        append_kernel[(B * Hkv * n_tiles,)](
+            **arguments, **cache_arguments(k_cache, v_cache, block_table)
+        )

@@ -40,7 +40,7 @@ class Level:
 # A tile of keys and one of values are 16 KB each, two pairs of them under way: more than a
 # multiprocessor's share of the bandwidth times the latency of memory (4.8 TB/s * 0.7 us / 132 =
 # 25 KB), and within the 99 KB of shared memory that a block may have on every device from sm_80.
-# Eight warps, or one pair less under way, where four or two leave registers spilled.
+# Eight warps, or one pair less under way, where four or two would leave registers spilled.
 LEVELS = (
     Level(128, 128, 4, 3),
     Level(256, 64, 4, 3),
@@ -52,7 +52,8 @@ LEVELS_FP32 = (
     Level(128, 128, 8, 3),
     Level(256, 64, 8, 3),
     Level(512, 32, 8, 3),
-    # 32 KB a tile at most: a product takes no fewer than 16 keys.
+    Level(1024, 16, 4, 2),
+    # 32 KB a tile, for a product takes no fewer than 16 keys; 64 bytes of registers spill.
     Level(2048, 16, 8, 2),
 )
 # Blocks whose shared memory fits a multiprocessor side by side.
@@ -64,25 +65,34 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def choose(row_bytes: int, rows: int, *, fp32: bool, paged: bool, amd: bool) -> Config:
+def choose(
+    row_bytes: int, rows: int, *, fp32: bool, paged: bool, aligned: bool, amd: bool
+) -> Config:
     """How a call is run.
 
     Args:
         row_bytes: of the wider of a key and a value, each padded to its block.
         rows: queries times the heads that share a key head.
+        fp32: the dtype. paged: whether the cache is. amd: for a GPU of AMD.
+        aligned: whether keys and values start at multiples of 16 bytes.
     """
     levels = LEVELS_FP32 if fp32 else LEVELS
     level = next(level for level in levels if row_bytes <= level.row_bytes)
-    stages = level.num_stages
+    block_n, stages = level.block_n, level.num_stages
+    # A tile of all rows reads the cache once; 64 rows spill registers on sm_80 and sm_100.
+    most_rows = 16 if fp32 else 32
+    if not aligned:
+        # Elements are loaded one by one, each with an address of its own in registers.
+        block_n, most_rows = min(block_n, 32), 16
     if amd:
         # 64 KB of shared memory a block.
         stages = 1 if row_bytes > 1024 else 2
     elif paged:
-        # Page numbers are loaded ahead of what lies in the pages, which takes as many stages.
-        stages = 2 * stages - 1
-    # A tile of all rows reads the cache once; 64 rows spill registers on sm_80 and sm_100.
-    block_m = min(max(16, power_of_2(rows)), 16 if fp32 else 32)
-    return Config(block_m, level.block_n, level.num_warps, stages)
+        # Page numbers are loaded ahead of what lies in the pages, which takes as many stages. Of
+        # 128 keys they are not, and everything else is ahead by more than fits.
+        block_n, stages = min(block_n, 64), 2 * stages - 1
+    block_m = min(max(16, power_of_2(rows)), most_rows)
+    return Config(block_m, block_n, level.num_warps, stages)
 
 
 # Costs in units of the time that a program needs for one tile of keys: to start, to write the
@@ -151,6 +161,13 @@ def rule_of(softcap: float, scale: float) -> Rule:
     return Rule(scale / softcap, softcap * log2e) if softcap else Rule(scale * log2e, None)
 
 
+def common_width(*caches: Tensor) -> int:
+    """Elements in 16 bytes where all keys and values start at multiples of that, else 1."""
+    wide = 16 // caches[0].element_size()
+    strides = [stride for t in caches for stride in t.stride()[:3]]
+    return wide if all(stride % wide == 0 for stride in strides) else 1
+
+
 def needs_int64(*caches: Tensor) -> bool:
     """Whether an offset within one head of one sequence can pass 31 bits."""
     far = [(t.size(2) + 128) * t.stride(2) + MAX_HEAD_DIM * t.stride(3) for t in caches]
@@ -212,6 +229,8 @@ def check_queries(op, q, k_cache, B, alibi_slopes, sinks) -> None:
     Hkv, D, H = k_cache.size(1), k_cache.size(3), q.size(1)
     if q.size(0) != B or q.size(3) != D or H % Hkv or not H:
         refuse(op, "q", f"({B}, a multiple of {Hkv}, Tq, {D}) by the cache", tuple(q.shape))
+    if H // Hkv * q.size(2) >= MAX_LENGTH:
+        refuse(op, "q", f"of fewer than {MAX_LENGTH} rows for a key head", tuple(q.shape))
     if alibi_slopes is not None:
         shapes = [(H,), (B, H)]
         _check_vector(op, "alibi_slopes", alibi_slopes, shapes, [torch.float32], q.device)

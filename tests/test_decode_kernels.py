@@ -193,10 +193,23 @@ def test_number_of_parts() -> None:
 def test_every_head_has_a_config() -> None:
     for fp32, size in ((True, 4), (False, 2)):
         for D in (16, 32, 64, 128, 256, 512):
-            for paged in (True, False):
-                config = decode_arguments.choose(D * size, 64, fp32=fp32, paged=paged, amd=False)
+            for paged, aligned in ((True, True), (False, True), (True, False), (False, False)):
+                config = decode_arguments.choose(
+                    D * size, 64, fp32=fp32, paged=paged, aligned=aligned, amd=False
+                )
                 assert config.block_n * D * size <= 32 << 10
                 assert config.block_m in (16, 32)
+
+
+def test_width_of_rows() -> None:
+    """What tells the compiler that rows may be loaded 16 bytes at a time must be true."""
+    width = decode_arguments.common_width
+    t = torch.empty(2, 2, 6, 40, dtype=torch.bfloat16)
+    assert width(t, t) == 8
+    assert width(t.float(), t.float()) == 4
+    assert width(t, t[..., :39]) == 8
+    assert width(t, torch.empty(2, 2, 6, 36, dtype=torch.bfloat16)) == 1
+    assert width(t, t.flatten(2)[..., 1:].unflatten(2, (239, 1))) == 1
 
 
 def call(dtype: torch.dtype, D: int, rows: int, page: int, splits: int, **changed: Any) -> None:

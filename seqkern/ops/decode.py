@@ -311,8 +311,9 @@ def attention_decode(
     Under torch.autocast q, k_new and v_new are cast to the dtype of the cache.
 
     On the CPU the values of k_lens and block_table are checked. On a GPU that would wait for it:
-    there lengths are clamped to the cache, entries that do not fit into it are dropped, and a
-    page that is not in the pool reads as NaN; nothing outside of the cache is touched.
+    there lengths are clamped to the cache, entries that do not fit into it are dropped, a page
+    that is not in the pool reads as NaN, and of entries that go to one place any may stay;
+    nothing outside of the cache is touched.
 
     Raises:
         TypeError: an argument is of the wrong type.
