@@ -3,6 +3,7 @@
 Nothing runs: the tensors are on the meta device, so that they may be of any size.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +16,15 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 from seqkern.kernels.attention_backward import attention_backward
 from seqkern.kernels.attention_decode import attention_decode
 from seqkern.kernels.attention_forward import attention_forward
-from seqkern.kernels.attention_table import Config
+from seqkern.kernels.attention_table import Config, rows_of
 from seqkern.kernels.decode_arguments import LEVELS, LEVELS_FP32
 from triton.runtime.errors import OutOfResources
 
 from tests.offline.aot import Budget, gate, report
 from tests.offline.driver import Launch, pretend_gpu
-from tests.offline.targets import Arch
+from tests.offline.targets import Arch, target_of
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-PRODUCTS = {"forward_kernel", "dq_kernel", "dkdv_kernel", "dbias_kernel"}
 
 
 def empty(*shape: int, dtype: torch.dtype = fp32) -> Tensor:
@@ -86,54 +86,100 @@ class Call:
         return "-".join([str(self.D), str(self.dtype)[6:], *self.features])
 
 
-def launches_of(arch: Arch, call: Call, backward: bool = True, **more: Any) -> list[Launch]:
-    """What the launchers launch for a call: the forward, and the backward with all gradients."""
+def launches_of(arch: Arch, call: Call, kernel: str = "forward", **more: Any) -> list[Launch]:
+    """What the launchers launch for the forward, or for one gradient: "dq", "dkdv" or "dbias"."""
     q, k, v = call.operands()
     arguments = call.arguments() | more
     with pretend_gpu(arch) as launches:
-        o, lse = attention_forward(q, k, v, **arguments)
-        if backward:
-            grads = {"do": o, "dlse": None, "o": o, "lse": lse}
-            needs = dict.fromkeys(("need_dq", "need_dkv", "need_dbias"), True)
-            attention_backward(**grads, q=q, k=k, v=v, **arguments, **needs)
+        if kernel == "forward":
+            attention_forward(q, k, v, **arguments)
+        else:
+            lse = empty(call.B, call.H, call.T)
+            needs = {f"need_{name}": name.startswith(kernel[:2]) for name in ("dq", "dkv", "dbias")}
+            attention_backward(q, None, q, lse, q, k, v, **arguments, **needs)
     return launches
 
 
 # ---- every target
 
-
-FORWARD = [
-    (80, Call(64, bf16, ("causal",))),
-    (89, Call(64, fp16, ("lengths",))),
-    (90, Call(128, bf16, ("causal",))),
-    (90, Call(64, fp16, ("bias", "lengths", "dropout"))),
-    (90, Call(64, bf16, ("softcap", "sinks", "alibi", "window"))),
-    (100, Call(128, bf16, ("causal",))),
-]
-BACKWARD = [
-    (90, Call(64, bf16, ("causal",))),
-    (100, Call(64, bf16, ("causal",))),
-    ("gfx942", Call(64, bf16, ("causal",))),
-]
+TARGETS = (80, 89, 90, 100, "gfx942")
+# Rows of which ptxas keeps more than it can hold: bytes stored and loaded.
+SPILLS: dict[tuple[Arch, str, int], int] = {
+    (80, "dkdv", 32): 8,
+    (80, "dkdv", 64): 8,
+    (89, "dkdv", 32): 8,
+    (89, "dkdv", 64): 8,
+    (90, "dq", 256): 24,
+    (90, "dkdv", 512): 168,
+}
 
 
-def check_budgets(launches: list[Launch]) -> None:
-    """Spills and serialised products in no kernel, the matrix unit at work in those with any."""
+@dataclass(frozen=True)
+class Shipped:
+    """A row of the launch tables on one target."""
+
+    arch: Arch
+    kernel: str
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def budget(self) -> Budget:
+        spilled = SPILLS.get((self.arch, self.kernel, self.width), 0)
+        if self.dtype == fp32:
+            return Budget(spill_bytes=spilled, matrix=None)
+        # Wider heads leave tiles of fewer rows than the newest instructions take.
+        return Budget(spill_bytes=spilled, matrix="native" if self.width <= 128 else "any")
+
+    @property
+    def frequent(self) -> bool:
+        """Whether the row is compiled in every run of the tests; the others are a sweep's."""
+        if self.dtype == fp32 or self.arch in (89, "gfx942"):
+            return (self.kernel, self.width) == ("forward", 64)
+        largest = self.kernel in ("forward", "dkdv")
+        widths = {80: (128,), 90: (64, 128) if largest else (128,), 100: (128,) if largest else ()}
+        return self.width in widths[self.arch]
+
+    def __str__(self) -> str:
+        return f"{self.arch}-{self.kernel}-{self.width}-{str(self.dtype)[6:]}"
+
+
+def shipped() -> list[Any]:
+    """Every row of the tables, on every target whose row it is."""
+    rows = []
+    for target, dtype in itertools.product(map(target_of, TARGETS), (bf16, fp32)):
+        if dtype == fp32 and target.arch not in (80, 90):
+            continue
+        for kernel, widths in rows_of(target.backend, target.arch, dtype).items():
+            rows += [Shipped(target.arch, kernel, width, dtype) for width in widths]
+    return [pytest.param(r, marks=() if r.frequent else pytest.mark.sweep) for r in rows]
+
+
+@pytest.mark.parametrize("row", shipped(), ids=str)
+def test_shipped_rows_stay_within_their_budgets(row):
+    features = ("causal", "lengths", *(("bias",) if row.kernel == "dbias" else ()))
+    launches = launches_of(row.arch, Call(row.width, row.dtype, features), row.kernel)
+    assert {launch.kernel for launch in launches} - {"delta_kernel"} == {f"{row.kernel}_kernel"}
     for launch in launches:
-        gate(report(launch), Budget(matrix="native" if launch.kernel in PRODUCTS else None))
+        # ptxas 12.9 keeps a few values of sums of rows in memory, with registers to spare.
+        delta = Budget(spill_bytes=32 if row.arch == 100 else 0, matrix=None)
+        gate(report(launch), delta if launch.kernel == "delta_kernel" else row.budget)
 
 
-@pytest.mark.parametrize(("arch", "call"), FORWARD, ids=str)
-def test_forward_kernels_stay_within_their_budgets(arch, call):
-    check_budgets(launches_of(arch, call, backward=False))
+COSTLY = [
+    (90, "forward", ("bias", "alibi", "dropout"), Budget()),
+    (90, "forward", ("softcap", "sinks", "window"), Budget()),
+    # Which tile comes next is loaded in the loop, and ptxas then waits for each product.
+    (90, "forward", ("mask",), Budget(serialised=True)),
+    (90, "dkdv", ("mask", "dropout"), Budget(spill_bytes=32, serialised=True)),
+    (80, "dq", ("bias", "softcap"), Budget()),
+]
 
 
-@pytest.mark.parametrize(("arch", "call"), BACKWARD, ids=str)
-def test_backward_kernels_stay_within_their_budgets(arch, call):
-    launches = launches_of(arch, call)
-    names = [launch.kernel for launch in launches]
-    assert names == ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"]
-    check_budgets(launches)
+@pytest.mark.parametrize(("arch", "kernel", "features", "budget"), COSTLY)
+def test_features_stay_within_their_budgets(arch, kernel, features, budget):
+    launches = launches_of(arch, Call(128, bf16, features), kernel)
+    gate(report(launches[-1]), budget)
 
 
 def decode_launches(
@@ -149,10 +195,13 @@ def decode_launches(
     return launches
 
 
+SWEPT = {"marks": pytest.mark.sweep}
 DECODE = [
     *((90, level.row_bytes // 2, bf16, False) for level in LEVELS),
-    *((90, level.row_bytes // 4, fp32, False) for level in LEVELS_FP32),
-    *((arch, 128, fp16, False) for arch in (80, 89, 100, "gfx942")),
+    *(pytest.param(90, level.row_bytes // 4, fp32, False, **SWEPT) for level in LEVELS_FP32[:-1]),
+    (90, LEVELS_FP32[-1].row_bytes // 4, fp32, False),
+    *((arch, 128, fp16, False) for arch in (80, 100, "gfx942")),
+    pytest.param(89, 128, fp16, False, **SWEPT),
     (90, 128, bf16, True),
 ]
 
@@ -162,7 +211,9 @@ def test_decode_kernels_stay_within_their_budgets(arch, D, dtype, paged):
     decode, combine = decode_launches(arch, D, dtype, paged)
     # 16 rows are too few for the larger instructions.
     unit = "v_mfma" if arch == "gfx942" else "mma.sync"
-    gate(report(decode), Budget(matrix=None if dtype == fp32 else unit))
+    # fp32 rows of 2 KB: two tiles of the least size are more than the registers hold.
+    spilled = 64 if (D, dtype) == (512, fp32) else 0
+    gate(report(decode), Budget(spill_bytes=spilled, matrix=None if dtype == fp32 else unit))
     gate(report(combine), Budget(matrix=None))
 
 
@@ -239,7 +290,7 @@ def test_descriptors_only_where_rows_are_aligned():
 
 
 def test_masked_calls_list_the_live_tiles_first():
-    launches = launches_of(80, Call(16, bf16, ("mask",)), backward=False, config=SMALL)
+    launches = launches_of(80, Call(16, bf16, ("mask",)), config=SMALL)
     assert [launch.kernel for launch in launches] == ["live_kernel", "forward_kernel"]
     assert launches[0].grid == (2 * 512 // 64, 1, 1)
 
