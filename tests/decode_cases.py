@@ -51,6 +51,8 @@ CASES = [
     Case("window-Tq3", (2, 9, 70), Tq=3, page=16, options=options(window=(5, 0))),
     Case("window-right", (2, 9, 70), Tq=3, options=options(causal=None, window=(3, 1))),
     Case("window-top-left", (2, 9, 70), Tq=3, options=options(causal="top_left", window=(0, 4))),
+    # A tile that starts within one head and goes on with the next; its first key is a tile's last.
+    Case("window-rows", (23,), H=10, Hkv=1, Tq=5, options=options(window=(3, None))),
     Case("alibi", (0, 9, 70), Tq=3, options=options(alibi_slopes=SLOPES)),
     Case(
         "alibi-B",

@@ -22,7 +22,6 @@ from seqkern.ops._decode_checks import (
 )
 from seqkern.ops.choice import Choice
 from seqkern.reference import decode as reference
-from seqkern.reference.recurrent import keep_dtypes
 
 _LIB = torch.library.Library("seqkern", "FRAGMENT")
 _LIB.define(
@@ -75,8 +74,7 @@ def _choose_by_cache(k_cache: Tensor, v_cache: Tensor) -> Choice:
 
 def _attention_decode(*args):
     _check_all(*args)
-    with keep_dtypes(args[0].device):
-        return reference.attention_decode(*args)
+    return reference.attention_decode(*args)
 
 
 def _check_all(q, k_cache, v_cache, k_lens, block_table, alibi_slopes, sinks, *rule) -> None:
@@ -112,18 +110,17 @@ _pytorch = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 def _cpu(q, k_cache, v_cache, k_lens, block_table, *extras):
     _check_all(q, k_cache, v_cache, k_lens, block_table, *extras)
     lens, page = checked_lens("attention_decode", k_cache, k_lens, block_table), k_cache.size(2)
-    with keep_dtypes(q.device):
-        if choose((q, k_cache, v_cache, k_lens, block_table, *extras)).kernel == "torch":
-            alibi_slopes, _, causal, left, right, _, scale, _ = extras
-            rule = alibi_slopes, causal, left, right, scale
-            return _by_pytorch(q, k_cache, v_cache, lens, block_table, *rule)
-        # Places that no sequence has reached are left out; positions do not depend on them.
-        top = max(lens, default=0)
-        if block_table is None:
-            k_cache, v_cache = k_cache[:, :, :top], v_cache[:, :, :top]
-        else:
-            block_table = block_table[:, : -(-top // page)]
-        return reference.attention_decode(q, k_cache, v_cache, k_lens, block_table, *extras)
+    if choose((q, k_cache, v_cache, k_lens, block_table, *extras)).kernel == "torch":
+        alibi_slopes, _, causal, left, right, _, scale, _ = extras
+        rule = alibi_slopes, causal, left, right, scale
+        return _by_pytorch(q, k_cache, v_cache, lens, block_table, *rule)
+    # Places that no sequence has reached are left out; positions do not depend on them.
+    top = max(lens, default=0)
+    if block_table is None:
+        k_cache, v_cache = k_cache[:, :, :top], v_cache[:, :, :top]
+    else:
+        block_table = block_table[:, : -(-top // page)]
+    return reference.attention_decode(q, k_cache, v_cache, k_lens, block_table, *extras)
 
 
 def _by_pytorch(
