@@ -345,10 +345,13 @@ def excluded(where: Tensor):
 
 LATER = torch.ones(5, 7, dtype=torch.bool).triu(1)
 FAR = torch.arange(5)[:, None] - torch.arange(7) > 2
+# Without causality the last query stands beside the last key.
+AROUND = (torch.arange(5)[:, None] + 2 - torch.arange(7)).abs() > 2
 ARGUMENTS = {
     "causal by the layer": ({}, excluded(LATER)),
     "causal by argument": ({"is_causal": False}, lambda s: s),
     "window": ({"sliding_window": 3}, excluded(LATER | FAR)),
+    "window on both sides": ({"is_causal": False, "sliding_window": 3}, excluded(AROUND)),
     "softcap": ({"is_causal": False, "softcap": 0.7}, lambda s: 0.7 * torch.tanh(s / 0.7)),
 }
 

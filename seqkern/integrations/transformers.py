@@ -239,7 +239,8 @@ def attention_forward(
         dropout: probability of dropping an attention weight.
         scaling: of the scores, 1 / sqrt(D) if None.
         is_causal: where no mask says it, and there are several queries: none sees later keys.
-        sliding_window: where no mask says it: a query sees so many keys, itself included.
+        sliding_window: where no mask says it: a query sees so many keys, itself included, to the
+            left, and as many to the right where nothing is causal.
         kwargs: `softcap`, `s_aux`, `position_bias` and `deterministic` are softcap, sinks, bias
             and deterministic of `seqkern.attention`. `cu_seq_lens_q` and `cu_seq_lens_k` bound the
             sequences that lie one after another in the batch; `max_length_q` and `max_length_k`
@@ -315,8 +316,8 @@ def _what_is_seen(
         causal = is_causal and tq > 1
         seen: dict[str, Any] = {"causal": "top_left" if causal else None}
         if sliding_window is not None and tk > sliding_window:
-            right = 0 if is_causal else sliding_window - 1
-            seen["window"] = (sliding_window - 1, right)
+            # To the right only where nothing is causal.
+            seen["window"] = (sliding_window - 1, sliding_window - 1)
         return seen
     if isinstance(mask, KeyMask):
         return _by_rule(mask, tq, tk)
