@@ -118,62 +118,102 @@ ADA: dict[str, Rows] = {
     },
     "dbias": AMPERE["dbias"],
 }
-BLACKWELL: dict[str, Rows] = HOPPER
-# A product of fp32 is made of fused multiply-adds: what counts is how many a thread holds.
+# As sm_90 but where the tensor memory takes sums out of the registers: 512 columns at most.
+BLACKWELL: dict[str, Rows] = {
+    "forward": HOPPER["forward"] | {512: tma(64, 32, 8, 2)},  # 205; 64 x 64 spills 12 bytes
+    "dkdv": HOPPER["dkdv"]
+    | {
+        128: tma(64, 128, 8, 2),  # 210
+        256: tma(32, 64, 8, 1),  # 178; a second stage spills 8 bytes
+    },
+    "dq": HOPPER["dq"],
+    "dbias": HOPPER["dbias"],
+}
+# A product of fp32 in full precision is made of fused multiply-adds on operands in shared memory:
+# what counts is how many of them a thread unrolls.
 FP32: dict[str, Rows] = {
     "forward": {
-        32: Config(64, 32, 4, 1),
-        64: Config(32, 32, 4, 1),
-        128: Config(32, 32, 4, 1),
-        256: Config(16, 32, 4, 1),
-        512: Config(16, 16, 4, 1),
+        32: Config(64, 64, 8, 1),  # 118
+        64: Config(64, 64, 8, 1),  # 254
+        128: Config(16, 32, 4, 1),  # 106; 32 x 32 spills 8 bytes
+        256: Config(16, 32, 8, 1),  # 105
+        512: Config(32, 16, 8, 1),  # 188
     },
     "dkdv": {
-        32: Config(32, 32, 4, 1),
-        64: Config(32, 32, 4, 1),
-        128: Config(32, 32, 8, 1),
-        256: Config(16, 16, 4, 1),
-        512: Config(16, 16, 4, 1, split=True),
+        32: Config(32, 32, 4, 1),  # 153
+        64: Config(32, 32, 8, 1),  # 90
+        128: Config(16, 32, 8, 1),  # 79; 32 x 32 spills 16 bytes
+        256: Config(16, 32, 8, 1),  # 136
+        512: Config(16, 16, 8, 1, split=True),  # dK spills 3.7 KB, and there is no smaller tile
     },
     "dq": {
-        32: Config(32, 32, 4, 1),
-        64: Config(32, 32, 4, 1),
-        128: Config(32, 32, 8, 1),
-        256: Config(16, 16, 4, 1),
-        512: Config(16, 16, 4, 1),
+        32: Config(32, 32, 4, 1),  # 106
+        64: Config(32, 32, 4, 1),  # 113
+        128: Config(32, 16, 8, 1),  # 74
+        256: Config(32, 16, 8, 1),  # 116
+        512: Config(16, 16, 8, 1),  # 128 and 20 bytes: there is no smaller tile
     },
     "dbias": {
-        32: Config(32, 32, 4, 1),
-        64: Config(32, 32, 4, 1),
-        128: Config(32, 32, 8, 1),
-        256: Config(16, 16, 4, 1),
-        512: Config(16, 16, 4, 1),
+        32: Config(32, 32, 4, 1),  # 128 and 24 bytes, as in the smaller tiles
+        64: Config(32, 32, 4, 1),  # 128
+        128: Config(32, 32, 8, 1),  # 80
+        256: Config(16, 32, 8, 1),  # 124
+        512: Config(16, 16, 8, 1),  # 80 and 24 bytes: there is no smaller tile
     },
 }
+# The backward of wider heads needs 128 KB of shared memory.
+FP32_ADA: dict[str, Rows] = {
+    kernel: {width: config for width, config in rows.items() if width <= 256 or kernel == "forward"}
+    for kernel, rows in FP32.items()
+}
+# Registers here are vector registers, of which a thread may have 512.
 CDNA: dict[str, Rows] = {
     "forward": {
-        64: Config(64, 64, 4, 1),
-        128: Config(64, 32, 4, 1),
-        256: Config(32, 32, 4, 1),
-        512: Config(32, 16, 4, 1),
+        64: Config(64, 64, 4, 1),  # 228
+        128: Config(64, 32, 4, 1),  # 224
+        256: Config(32, 32, 4, 1),  # 260
+        512: Config(16, 16, 4, 1),  # 260
     },
     "dkdv": {
-        64: Config(32, 64, 4, 1),
-        128: Config(32, 32, 4, 1),
-        256: Config(16, 32, 4, 1),
-        512: Config(16, 16, 4, 1, split=True),
+        64: Config(32, 64, 4, 1),  # 220
+        128: Config(32, 32, 4, 1),  # 280
+        256: Config(16, 32, 8, 1),  # 204
+        512: Config(16, 16, 4, 1, split=True),  # 336
     },
     "dq": {
-        64: Config(64, 64, 4, 1),
-        128: Config(64, 32, 4, 1),
-        256: Config(32, 16, 4, 1),
-        512: Config(16, 16, 4, 1),
+        64: Config(64, 64, 4, 1),  # 240
+        128: Config(64, 32, 4, 1),  # 236
+        256: Config(32, 16, 4, 1),  # 192
+        512: Config(16, 16, 4, 1),  # 325
     },
     "dbias": {
-        64: Config(64, 64, 4, 1),
-        128: Config(32, 32, 4, 1),
-        256: Config(32, 32, 4, 1),
-        512: Config(16, 16, 4, 1),
+        64: Config(64, 64, 4, 1),  # 180
+        128: Config(32, 32, 4, 1),  # 236
+        256: Config(16, 16, 4, 1),  # 176; 32 x 32 spills 62 registers
+        512: Config(16, 16, 4, 1),  # 300
+    },
+}
+CDNA_FP32: dict[str, Rows] = {
+    "forward": {
+        128: Config(32, 32, 4, 1),  # 220
+        256: Config(32, 16, 4, 1),  # 256
+        512: Config(16, 16, 4, 1),  # 403
+    },
+    "dkdv": {
+        64: Config(32, 32, 4, 1),  # 303
+        128: Config(16, 32, 4, 1),  # 244
+        256: Config(16, 16, 4, 1),  # 357
+        512: Config(16, 16, 4, 1, split=True),  # dK spills 151: there is no smaller tile
+    },
+    "dq": {
+        128: Config(32, 16, 4, 1),  # 216
+        256: Config(16, 16, 4, 1),  # 334
+        512: Config(16, 16, 4, 1),  # 512 and 244 spilled: there is no smaller tile
+    },
+    "dbias": {
+        128: Config(32, 32, 4, 1),  # 366
+        256: Config(16, 16, 4, 1),  # 337
+        512: Config(16, 16, 4, 1),  # 512 and 124 spilled: there is no smaller tile
     },
 }
 
@@ -184,16 +224,18 @@ def rows_of(backend: str, arch: int | str, dtype: torch.dtype) -> dict[str, Rows
     Raises:
         ValueError: a GPU before compute capability 8.0.
     """
-    if dtype == torch.float32:
-        return FP32
+    full = dtype == torch.float32
     if backend != "cuda" or isinstance(arch, str):
-        return CDNA
+        return CDNA_FP32 if full else CDNA
     if arch < 80:
         raise ValueError(
             f"attention: the device must be of compute capability 8.0 or later, got {arch / 10}"
         )
-    # Later consumer parts (8.6, 8.9, 12.0) have 99 KB of shared memory, whatever their age.
+    # Consumer parts (8.6, 8.9, 12.0) have 99 KB of shared memory, however new they are; of a part
+    # that is not known no more is expected.
     known = {80: AMPERE, 87: AMPERE, 90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
+    if full:
+        return FP32 if arch in known else FP32_ADA
     return known.get(arch, ADA)
 
 
@@ -214,12 +256,20 @@ def choose(
         costly: whether scores take more than their place to tell (a mask, a bias, ALiBi, a
             softcap, dropout). Then the tile is half as wide along the loop.
         target: backend and architecture; None asks the active Triton driver.
+
+    Raises:
+        ValueError: the target is too old, or has too little shared memory for the width.
     """
     if target is None:
         driver: Any = triton.runtime.driver
         active = driver.active.get_current_target()
         target = active.backend, active.arch
     rows = rows_of(*target, dtype)[kernel]
+    if width > max(rows):
+        raise ValueError(
+            f"attention: the {kernel} kernel takes head dimensions up to {max(rows)} in {dtype} "
+            f"on {target}, got {width}"
+        )
     config = rows[min(limit for limit in rows if limit >= width)]
     if not costly or kernel == "dbias":
         return config

@@ -20,7 +20,7 @@ from seqkern.kernels.attention_arguments import Arguments, check
 from seqkern.kernels.attention_backward import attention_backward
 from seqkern.kernels.attention_forward import attention_forward
 from seqkern.kernels.attention_live import live_tiles
-from seqkern.kernels.attention_table import Config
+from seqkern.kernels.attention_table import Config, choose
 
 from seqkern.reference import attention as reference
 from seqkern.reference import packed as packing
@@ -82,6 +82,9 @@ class Case:
                     made[name][b, :, length:] = torch.nan
         rows = (self.H, self.rows[0]) if self.packed else (self.B, self.H, self.Tq)
         made["dlse"] = torch.randn(rows) if self.dlse else None
+        if self.dlse and self.lens is not None and not self.packed:
+            for b, length in enumerate(self.lens[0]):
+                made["dlse"][b, :, length:] = torch.nan
         made["mask"] = torch.rand(self.mask) > 0.4 if self.mask else None
         made["bias"] = torch.randn(self.bias).to(self.dtype) if self.bias else None
         made["sinks"] = torch.randn(self.H).to(self.dtype) if self.sinks else None
@@ -181,6 +184,7 @@ FEATURES = [
     Case(causal="top_left", lens=LENS, window=(9, -1)),
     Case(Tq=129, Tk=97, causal="bottom_right", sinks=True),
     Case(window=(20, 5)),
+    Case(lens=((97, 60), (100, 33))),
     Case(window=(-1, 3), lens=((97, 50), (60, 129)), dtype=bf16),
     Case(window=(0, 0), Tq=97, Tk=97),
     Case(window=(70, 1000), causal="bottom_right"),
@@ -314,6 +318,15 @@ def test_sequences_packed_or_padded_give_the_same_numbers() -> None:
         torch.testing.assert_close(ours[name], unpadded)
 
 
+def test_gradients_of_an_empty_rows_lse_are_not_read() -> None:
+    case = Case(mask=(2, 1, 97, 129), lens=((97, 60), (0, 100)), sinks=True)
+    t = case.tensors()
+    t["sinks"][1:] = -torch.inf
+    t["mask"][:, :, 5] = False
+    t["dlse"][0, 1:] = t["dlse"][1, 1:, 5] = torch.nan
+    assert_equals_reference(case, t)
+
+
 def test_tiles_that_the_mask_leaves_out_are_not_read() -> None:
     case = Case(H=2, Tq=64, Tk=128, mask=(2, 2, 64, 128), config=Config(32, 32), dlse=False)
     t = case.tensors()
@@ -416,3 +429,38 @@ def test_bad_gradients_are_refused_by_name() -> None:
             attention_backward(*first, *rest, config=Config(16, 16))
     with pytest.raises(TypeError, match="q must be a Tensor, got NoneType"):
         attention_forward(*(GOOD | {"q": None}).values(), True, config=Config(16, 16))
+
+
+# ---- the table ----------------------------------------------------------------------------
+
+TARGETS: list[tuple[str, int | str]] = [
+    *(("cuda", arch) for arch in (80, 86, 89, 90, 100, 120)),
+    ("hip", "gfx942"),
+]
+
+
+SMALL_MEMORY = 86, 89, 120
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_the_table_has_a_row_for_every_call(target: tuple[str, int | str]) -> None:
+    for kernel in ("forward", "dkdv", "dq", "dbias"):
+        for width in (1, 16, 33, 64, 65, 128, 160, 256, 257, 512):
+            for dtype in (fp16, bf16, fp32):
+                if dtype == fp32 and width > 256 and target[1] in SMALL_MEMORY:
+                    continue
+                plain, costly = (
+                    choose(kernel, width, dtype, costly=costly, target=target)
+                    for costly in (False, True)
+                )
+                assert costly.block_m * costly.block_n <= plain.block_m * plain.block_n
+                assert min(costly.block_m, costly.block_n) >= 16
+                assert not plain.descriptors or target[1] in (90, 100)
+
+
+def test_devices_that_triton_does_not_serve_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"compute capability 8.0 or later, got 7.5"):
+        choose("forward", 64, fp16, target=("cuda", 75))
+    for arch in SMALL_MEMORY:
+        with pytest.raises(ValueError, match="dq kernel takes head dimensions up to 256 in .*32"):
+            choose("dq", 300, fp32, target=("cuda", arch))
