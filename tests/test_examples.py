@@ -41,3 +41,11 @@ def test_g2p(run, tmp_path):
     assert re.search(r"^step 2: loss \d", out, re.MULTILINE)
     assert re.search(r"^held-out words: [\d.]+% wrong$", out, re.MULTILINE)
     assert re.findall(r"^(\w+)\t", out, re.MULTILINE) == ["aei", "dhl"]
+
+
+def test_attention(run):
+    out = run("attention.py", "--steps", "3")
+    (first, last), (other_first, other_last) = re.findall(r"loss (\S+) -> (\S+)", out)
+    assert float(other_first) == pytest.approx(float(first), abs=1e-5)
+    assert float(other_last) == pytest.approx(float(last), abs=1e-5)
+    assert "seqkern::attention" in out
