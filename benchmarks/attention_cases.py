@@ -214,7 +214,7 @@ def forwards(p: Problem) -> dict[str, Callable[[], Tensor]]:
     calls = {OURS: lambda: ours(p), EAGER: lambda: eager(p)}
     if p.q.is_cuda:
         calls |= {name: on_backend(p, backend) for name, backend in BACKENDS.items()}
-        if p.case.T == FLEX_LENGTHS.get(p.case.kind):
+        if FLEX_LENGTHS.get(p.case.kind) == p.case.T:
             calls["flex"] = flex(p)
     else:
         calls["sdpa"] = lambda: sdpa(p)

@@ -67,7 +67,8 @@ def test_cell(
     entries = contestants(cell, problem, row.peers)
     error = check(cell, problem, entries)
     benchmark.group = row.title
-    samples = race(benchmark, entries, pytestconfig.option.budget)
+    with torch.set_grad_enabled(cell.kind == "training"):
+        samples = race(benchmark, entries, pytestconfig.option.budget)
     benchmark.extra_info.update(
         row=row.key,
         cell=asdict(cell),
