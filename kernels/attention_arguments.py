@@ -112,9 +112,14 @@ class Arguments:
 
     def new_output(self, like: Tensor, width: int) -> Tensor:
         """Room for `width` numbers for each row of `like`, zero where no sequence is sure to
-        write."""
-        make = torch.zeros if self.packed else torch.empty
-        return make(*like.shape[:-1], width, dtype=like.dtype, device=like.device)
+        write; in memory (B, T, H, width) where `like` is, so that joining heads costs no copy."""
+        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        if self.packed:
+            return torch.zeros(*like.shape[:-1], width, **options)
+        B, H, T, _ = like.shape
+        if like.stride(1) < like.stride(2):
+            return torch.empty(B, T, H, width, **options).transpose(1, 2)
+        return torch.empty(B, H, T, width, **options)
 
     def new_rows(self, value: float) -> Tensor:
         """Room for an fp32 number for each query, `value` where no sequence is sure to write."""

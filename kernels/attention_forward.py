@@ -149,7 +149,7 @@ def forward_kernel(
     if cu_q is not None:
         rows = q_len
     exists = i < q_len
-    acc = acc * tl.where(exists & (l > 0), 1.0 / tl.where(l > 0, l, 1.0), 0.0)[:, None]
+    acc = acc * tl.where(exists & (l != 0), 1.0 / tl.where(l != 0, l, 1.0), 0.0)[:, None]
     store_rows(base(o, b, h, q0), o, acc, i0, rows, BLOCK_M, C.DV, BLOCK_DV, C.I64)
     total = tl.where(exists, log_sum_exp(m, l), float("-inf"))
     tl.store(row_base(lse, b, h) + q0 + i, total, mask=i < rows)

@@ -193,8 +193,8 @@ def fold(acc, m, l, s, v, keep, factor, PRECISION: tl.constexpr):
 
 @triton.jit
 def log_sum_exp(m, l):
-    """The natural log-sum-exp of a state; -inf where l = 0."""
-    some = l > 0
+    """The natural log-sum-exp of a state; -inf where l = 0, and NaN stays NaN."""
+    some = l != 0
     return tl.where(some, (m + tl.log2(tl.where(some, l, 1.0))) * LN2, float("-inf"))
 
 
