@@ -462,5 +462,5 @@ def test_devices_that_triton_does_not_serve_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"compute capability 8.0 or later, got 7.5"):
         choose("forward", 64, fp16, target=("cuda", 75))
     for arch in SMALL_MEMORY:
-        with pytest.raises(ValueError, match="dq kernel takes head dimensions up to 256 in .*32"):
+        with pytest.raises(ValueError, match=r"dq kernel takes head dimensions up to 256 in .*32"):
             choose("dq", 300, fp32, target=("cuda", arch))
