@@ -296,6 +296,33 @@ def test_any_strides() -> None:
     assert_equals_reference(case, t)
 
 
+def test_results_have_the_order_of_the_inputs_in_memory() -> None:
+    """So that heads which were split off a projection are joined again without a copy."""
+    case = Case(Tq=33, Tk=65)
+    args = case.arguments(case.tensors())
+    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in args[:3])
+    with interpreted():
+        o, lse = attention_forward(q, k, v, *args[3:], config=SQUARE)
+        grads = attention_backward(
+            o, None, o, lse, q, k, v, *args[3:], True, True, False, config=SQUARE
+        )
+    for t in (o, *grads[:3]):
+        assert t.transpose(1, 2).is_contiguous()
+        assert not t.is_contiguous()
+
+
+def test_nan_stays_in_its_own_row_and_is_seen() -> None:
+    case = Case(Tq=33, Tk=65)
+    args = case.arguments(case.tensors())
+    args[0][0, 1, 3] = torch.nan
+    with interpreted():
+        o, lse = attention_forward(*args, config=SQUARE)
+    assert o[0, 1, 3].isnan().all()
+    assert lse[0, 1, 3].isnan()
+    assert o.isnan().sum() == case.Dv
+    assert lse.isnan().sum() == 1
+
+
 def test_every_order_of_programs_gives_the_same_bits() -> None:
     case = Case(causal="bottom_right", bias=(1, 1, 40, 70), Tq=40, Tk=70, config=Config(32, 32))
     t = case.tensors()

@@ -39,7 +39,8 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _HAS_TRITON = find_spec("triton") is not None
 
-# The largest head that the Triton kernels hold in the registers and shared memory of a block.
+# The largest head of 16 bits that the Triton kernels hold in a block's registers and shared memory;
+# the backward of float32 holds half of that.
 MAX_HEAD = 512
 
 
@@ -64,8 +65,9 @@ def choose(args: tuple, *, dlse: bool = False) -> Choice:
         return Choice("reference", "the kernels add up in float32, too coarse for float64")
     if 0 in (q.size(-1), v.size(-1), args[1].size(1)):
         return Choice("reference", "there is nothing to compute")
-    if max(q.size(-1), v.size(-1)) > MAX_HEAD:
-        return Choice("reference", f"a head over {MAX_HEAD} does not fit a block's memory")
+    most = MAX_HEAD // 2 if q.dtype == torch.float32 else MAX_HEAD
+    if max(q.size(-1), v.size(-1)) > most:
+        return Choice("reference", f"a {q.dtype} head over {most} does not fit a block's memory")
     return Choice("triton", "seqkern's own kernels serve every feature on this device")
 
 
