@@ -279,53 +279,17 @@ def dq_kernel(
         span = key_range(i0, i0 + BLOCK_M, limits, C.BLOCK_N)
         if left is not None:
             sum_q = add_keys(
-                sum_q,
-                of,
-                k,
-                v,
-                k_source,
-                v_source,
-                slope,
-                total,
-                d,
-                span.start,
-                span.inner,
-                None,
-                C,
-                True,
-            )
+                sum_q, of, k, v, k_source, v_source, slope, total, d, span.start, span.inner, None,
+                C, True,
+            )  # fmt: skip
         sum_q = add_keys(
-            sum_q,
-            of,
-            k,
-            v,
-            k_source,
-            v_source,
-            slope,
-            total,
-            d,
-            span.inner,
-            span.outer,
-            None,
-            C,
-            False,
-        )
+            sum_q, of, k, v, k_source, v_source, slope, total, d, span.inner, span.outer, None,
+            C, False,
+        )  # fmt: skip
         sum_q = add_keys(
-            sum_q,
-            of,
-            k,
-            v,
-            k_source,
-            v_source,
-            slope,
-            total,
-            d,
-            span.outer,
-            span.stop,
-            None,
-            C,
-            True,
-        )
+            sum_q, of, k, v, k_source, v_source, slope, total, d, span.outer, span.stop, None,
+            C, True,
+        )  # fmt: skip
     rows = max_q
     if cu_q is not None:
         rows = q_len
