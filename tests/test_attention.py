@@ -87,6 +87,20 @@ def test_dropout_without_a_seed_is_pytorchs_on_the_cpu(grad: bool) -> None:
     assert torch.equal(dropped, torch.zeros_like(ours))
 
 
+def test_dropout_does_not_coarsen_a_bias() -> None:
+    """Scores of a thousand that cancel but for a fraction, which bfloat16 would lose."""
+    q, k = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 2, 8)
+    v = torch.eye(2)[None, None].repeat(1, 1, 1, 4)
+    bias = torch.tensor([1000.0, 1001.0])
+    expected = bias.softmax(-1)
+    kept = set()
+    for _ in range(40):
+        o = seqkern.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias=bias, dropout_p=0.5)
+        kept |= {round(x, 2) for x in o.flatten().tolist()}
+    # Each weight is dropped or doubled.
+    assert kept == {0.0, *(round(x, 2) for x in (2 * expected).bfloat16().tolist())}
+
+
 def test_fully_masked_rows_are_zero_and_take_no_gradient() -> None:
     inputs = qkv(grad=True)
     mask = torch.ones(2, 1, 7, 9, dtype=torch.bool)

@@ -401,8 +401,14 @@ def _with_seed(args: tuple) -> tuple:
 def _dropout_is_torchs(args: tuple) -> bool:
     """Whether PyTorch's own dropout serves, with its generator's numbers: on the CPU, where Philox
     in PyTorch operations costs many times as much, when no seed has to be kept to."""
+    q, bias, slopes = args[0], args[4], args[7]
+    # PyTorch's function takes a bias in the dtype of q alone, and 16 bits are coarse for one that
+    # was given, or is made of distances, in float32.
+    exact = q.dtype.itemsize >= 4 or (slopes is None and (bias is None or bias.dtype == q.dtype))
     without = *args[:9], None, *args[10:16], 0.0, *args[17:]
-    return args[0].device.type == "cpu" and choose(without).kernel == "torch" and args[10] is None
+    return (
+        q.device.type == "cpu" and exact and choose(without).kernel == "torch" and args[10] is None
+    )
 
 
 def _with_torch_dropout(args: tuple) -> Tensor:
