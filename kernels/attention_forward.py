@@ -162,7 +162,7 @@ def attention_forward(
     causal: str | None, window_left: int, window_right: int, softcap: float, dropout_p: float,
     scale: float, max_q: int, max_k: int, deterministic: bool, *, config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """seqkern::attention by Triton, in fp16, bf16 or fp32 and head dimensions from 1 to 512.
+    """seqkern::attention by Triton: fp16 and bf16 with head dimensions to 512, fp32 to 256.
 
     Args:
         q ... deterministic: the op's, in its order; every sum has one order in either case.

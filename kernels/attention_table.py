@@ -138,34 +138,25 @@ FP32: dict[str, Rows] = {
         64: Config(64, 32, 8, 1),  # 110; 64 x 64 spills 328 bytes on sm_90
         128: Config(16, 32, 8, 1),  # 75; 32 x 32 spills 16 bytes
         256: Config(16, 32, 8, 1),  # 105
-        512: Config(32, 16, 8, 1),  # 188
     },
     "dkdv": {
         32: Config(32, 32, 4, 1),  # 153
         64: Config(32, 32, 8, 1),  # 90
         128: Config(16, 32, 8, 1),  # 79; 32 x 32 spills 16 bytes
         256: Config(16, 32, 8, 1),  # 136
-        512: Config(16, 16, 8, 1, split=True),  # dK spills 3.7 KB, and there is no smaller tile
     },
     "dq": {
         32: Config(32, 32, 4, 1),  # 106
         64: Config(32, 32, 4, 1),  # 113
         128: Config(32, 16, 8, 1),  # 74
         256: Config(32, 16, 8, 1),  # 116
-        512: Config(16, 16, 8, 1),  # 128 and 20 bytes: there is no smaller tile
     },
     "dbias": {
         32: Config(32, 32, 4, 1),  # 128 and 24 bytes, as in the smaller tiles
         64: Config(32, 32, 4, 1),  # 128
         128: Config(32, 32, 8, 1),  # 80
         256: Config(16, 32, 8, 1),  # 124
-        512: Config(16, 16, 8, 1),  # 80 and 24 bytes: there is no smaller tile
     },
-}
-# The backward of wider heads needs 128 KB of shared memory.
-FP32_ADA: dict[str, Rows] = {
-    kernel: {width: config for width, config in rows.items() if width <= 256 or kernel == "forward"}
-    for kernel, rows in FP32.items()
 }
 # Registers here are vector registers, of which a thread may have 512.
 CDNA: dict[str, Rows] = {
@@ -198,23 +189,19 @@ CDNA_FP32: dict[str, Rows] = {
     "forward": {
         128: Config(32, 32, 4, 1),  # 220
         256: Config(32, 16, 4, 1),  # 256
-        512: Config(16, 16, 4, 1),  # 403
     },
     "dkdv": {
         64: Config(32, 32, 4, 1),  # 303
         128: Config(16, 32, 4, 1),  # 244
         256: Config(16, 16, 4, 1),  # 357
-        512: Config(16, 16, 4, 1, split=True),  # dK spills 151: there is no smaller tile
     },
     "dq": {
         128: Config(32, 16, 4, 1),  # 216
         256: Config(16, 16, 4, 1),  # 334
-        512: Config(16, 16, 4, 1),  # 512 and 244 spilled: there is no smaller tile
     },
     "dbias": {
         128: Config(32, 32, 4, 1),  # 366
         256: Config(16, 16, 4, 1),  # 337
-        512: Config(16, 16, 4, 1),  # 512 and 124 spilled: there is no smaller tile
     },
 }
 
@@ -232,11 +219,11 @@ def rows_of(backend: str, arch: int | str, dtype: torch.dtype) -> dict[str, Rows
         raise ValueError(
             f"attention: the device must be of compute capability 8.0 or later, got {arch / 10}"
         )
+    if full:
+        return FP32
     # Consumer parts (8.6, 8.9, 12.0) have 99 KB of shared memory, however new they are; of a part
     # that is not known no more is expected.
     known = {80: AMPERE, 87: AMPERE, 90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
-    if full:
-        return FP32 if arch in known else FP32_ADA
     return known.get(arch, ADA)
 
 
@@ -252,14 +239,14 @@ def choose(
 
     Args:
         kernel: "forward", "dkdv", "dq" or "dbias".
-        width: the larger of the head dimensions, at most 512.
+        width: the larger of the head dimensions, at most 512, and 256 in float32.
         dtype: of q, k and v.
         costly: whether scores take more than their place to tell (a mask, a bias, ALiBi, a
             softcap, dropout). Then the tile is half as wide along the loop.
         target: backend and architecture; None asks the active Triton driver.
 
     Raises:
-        ValueError: the target is too old, or has too little shared memory for the width.
+        ValueError: the target is too old, or the width has no row.
     """
     if target is None:
         driver: Any = triton.runtime.driver

@@ -112,7 +112,6 @@ SPILLS = {
     "89-dbias-256-bfloat16": 36,
     "90-dq-256-bfloat16": 24,
     "80-dbias-32-float32": 36,
-    "80-dbias-512-float32": 48,
     "89-dbias-32-float32": 56,
     "89-dbias-64-float32": 48,
     "89-dbias-256-float32": 52,
@@ -124,13 +123,6 @@ SPILLS = {
     "100-dbias-32-float32": 48,
     "100-dbias-64-float32": 56,
     "100-dbias-256-float32": 68,
-    # The least of tiles, and yet too large.
-    "80-dkdv-512-float32": 7420,
-    "90-dkdv-512-float32": 7452,
-    "100-dkdv-512-float32": 7460,
-    "gfx942-dkdv-512-float32": 604,
-    "gfx942-dq-512-float32": 984,
-    "gfx942-dbias-512-float32": 496,
 }
 
 
@@ -154,13 +146,9 @@ class Shipped:
     @property
     def frequent(self) -> bool:
         """Whether the row is compiled in every run of the tests; the others are a sweep's."""
-        if self.dtype == fp32:
-            return (self.arch, self.kernel, self.width) == (90, "forward", 64)
         if self.arch in (89, "gfx942"):
-            return (self.kernel, self.width) == ("forward", 64)
-        largest = self.kernel in ("forward", "dkdv")
-        widths = {80: (128,), 90: (64, 128) if largest else (128,), 100: (128,) if largest else ()}
-        return self.width in widths[self.arch]
+            return (self.kernel, self.width, self.dtype) == ("forward", 64, bf16)
+        return True
 
     def __str__(self) -> str:
         return f"{self.arch}-{self.kernel}-{self.width}-{str(self.dtype)[6:]}"
@@ -215,13 +203,11 @@ def decode_launches(
     return launches
 
 
-SWEPT = {"marks": pytest.mark.sweep}
 DECODE = [
     *((90, level.row_bytes // 2, bf16, False) for level in LEVELS),
-    *(pytest.param(90, level.row_bytes // 4, fp32, False, **SWEPT) for level in LEVELS_FP32[:-1]),
-    (90, LEVELS_FP32[-1].row_bytes // 4, fp32, False),
+    *((90, level.row_bytes // 4, fp32, False) for level in LEVELS_FP32),
     *((arch, 128, fp16, False) for arch in (80, 100, "gfx942")),
-    pytest.param(89, 128, fp16, False, **SWEPT),
+    pytest.param(89, 128, fp16, False, marks=pytest.mark.sweep),
     (90, 128, bf16, True),
 ]
 
