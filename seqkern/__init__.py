@@ -2,6 +2,7 @@
 
 from seqkern import _extension as _extension
 from seqkern.convert import convert as convert
+from seqkern.ops.additive import additive_attention as additive_attention
 from seqkern.ops.attention import attention as attention
 from seqkern.ops.attention import attention_varlen as attention_varlen
 from seqkern.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Stream",
     "__version__",
+    "additive_attention",
     "attention",
     "attention_decode",
     "attention_varlen",

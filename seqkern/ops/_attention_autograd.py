@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 
+from seqkern.ops._derivatives import needs_grad, through_reference
 from seqkern.ops._vmap import map_slices
 from seqkern.reference import attention as reference
 
@@ -81,32 +82,20 @@ class AttentionBackward(torch.autograd.Function):
         rule, needs = ctx.rule[:-3], ctx.rule[-3:]
         # In the order of the op: do, dlse, o, lse, q, ...
         places = (0, 1, *(4 + i for i in DERIVED))
-        inputs = [do, dlse, *(tensors[i] for i in DERIVED)]
-        wanted = [
-            n
-            for n, place in enumerate(places)
-            if inputs[n] is not None and ctx.needs_input_grad[place]
-        ]
-        given = [i for i, g in enumerate(grad_outputs) if g is not None]
 
-        def first_order(*values: Tensor):
-            all_inputs = list(inputs)
-            for n, value in zip(wanted, values, strict=True):
-                all_inputs[n] = value
-            do, dlse, *derived = all_inputs
+        def first_order(do, dlse, *derived):
             args = list(tensors)
             for i, value in zip(DERIVED, derived, strict=True):
                 args[i] = value
             o, lse = reference.attention(*args, *rule)
-            outputs = reference.attention_backward(do, dlse, o, lse, *args, *rule, *needs)
-            return tuple(outputs[i] for i in given)
+            return reference.attention_backward(do, dlse, o, lse, *args, *rule, *needs)
 
+        inputs = [do, dlse, *(tensors[i] for i in DERIVED)]
+        needed = [ctx.needs_input_grad[place] for place in places]
         grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        if given and wanted:
-            # vjp and not autograd.grad, which torch.func's transforms refuse.
-            vjp = torch.func.vjp(first_order, *(inputs[n] for n in wanted))[1]
-            for n, g in zip(wanted, vjp(tuple(grad_outputs[i] for i in given)), strict=True):
-                grads[places[n]] = g
+        found = through_reference(first_order, inputs, needed, grad_outputs)
+        for place, g in zip(places, found, strict=True):
+            grads[place] = g
         return tuple(grads)
 
     @staticmethod
@@ -136,10 +125,6 @@ def fold_batch(op, v: int, in_dims, args):
     folded = [fold(i, t, d) for i, (t, d) in enumerate(zip(tensors, in_dims, strict=False))]
     o, lse = op(*folded, *rule)
     return (o.unflatten(0, (v, rows)), lse.unflatten(0, (v, rows))), (0, 0)
-
-
-def needs_grad(tensors) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _autograd_attention(keyset, *args):

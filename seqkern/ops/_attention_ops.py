@@ -5,7 +5,6 @@ and Triton's kernels serve CUDA. `choose` decides, for the dispatch and for `seq
 """
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from seqkern.ops._attention_checks import (
     check_attention_backward,
     check_lengths,
 )
-from seqkern.ops.choice import Choice
+from seqkern.ops.choice import HAS_TRITON, Choice
 from seqkern.reference import attention as reference
 from seqkern.reference import packed
 
@@ -37,7 +36,6 @@ _LIB.define(
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_HAS_TRITON = find_spec("triton") is not None
 
 # The largest head of 16 bits that the Triton kernels hold in a block's registers and shared memory;
 # the backward of float32 holds half of that.
@@ -59,7 +57,7 @@ def choose(args: tuple, *, dlse: bool = False) -> Choice:
         return _choose_on_cpu(args, dlse)
     if q.device.type != "cuda":
         return Choice("reference", f"no kernel of seqkern runs on {q.device.type}")
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return Choice("reference", "Triton is not installed")
     if q.dtype == torch.float64:
         return Choice("reference", "the kernels add up in float32, too coarse for float64")
@@ -227,7 +225,7 @@ def _cuda_backward(do, dlse, o, lse, *rest):
 
 
 # Without Triton the reference stays, and `seqkern doctor` says so.
-if _HAS_TRITON:
+if HAS_TRITON:
     _LIB.impl("attention", _cuda, "CUDA")
     _LIB.impl("attention_backward", _cuda_backward, "CUDA")
 

@@ -13,6 +13,7 @@ from seqkern.ops._attention_autograd import DERIVED, Attention
 from seqkern.ops._attention_checks import check_attention, check_lengths, check_qkv
 from seqkern.ops._attention_ops import choose
 from seqkern.ops._checks import check_tensor
+from seqkern.ops._derivatives import recorded
 from seqkern.reference import attention as reference
 
 _op = torch.ops.seqkern.attention.default
@@ -207,7 +208,7 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, **options
         )
-    if query.device.type == "cpu" and not _recorded((query, key, value, attn_mask)):
+    if query.device.type == "cpu" and not recorded((query, key, value, attn_mask)):
         try:
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, **options
@@ -380,16 +381,9 @@ def call(args: tuple) -> tuple[Tensor, Tensor]:
         # torch.compile inside a transform.
         check_attention("attention", *args)
         return reference.attention(*args)
-    if not compiling and _recorded([args[i] for i in DERIVED]):
+    if not compiling and recorded([args[i] for i in DERIVED]):
         return Attention.apply(*args)
     return _op(*args)
-
-
-def _recorded(tensors) -> bool:
-    """Whether a derivative of the call may be asked for."""
-    if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _with_seed(args: tuple) -> tuple:

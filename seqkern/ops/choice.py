@@ -1,10 +1,15 @@
-"""Which kernel computes a recurrent layer: one pure function, used to dispatch and to explain."""
+"""Which kernel computes a recurrent layer: one pure function, used to dispatch and to explain; and
+what every such function asks.
+"""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
 from seqkern._extension import cpu_capability
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from seqkern.ops._attention_ops import _HAS_TRITON, MAX_HEAD
+from seqkern.ops._attention_ops import MAX_HEAD
 from seqkern.ops._checks import check_tensor
 from seqkern.ops._decode_checks import (
     MAX_SPLITS,
@@ -20,7 +20,7 @@ from seqkern.ops._decode_checks import (
     check_places,
     checked_lens,
 )
-from seqkern.ops.choice import Choice
+from seqkern.ops.choice import HAS_TRITON, Choice
 from seqkern.reference import decode as reference
 
 _LIB = torch.library.Library("seqkern", "FRAGMENT")
@@ -60,7 +60,7 @@ def choose(args: tuple) -> Choice:
 def _choose_by_cache(k_cache: Tensor, v_cache: Tensor) -> Choice:
     if k_cache.device.type != "cuda":
         return Choice("reference", f"no kernel of seqkern runs on {k_cache.device.type}")
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return Choice("reference", "Triton is not installed")
     if k_cache.dtype == torch.float64:
         return Choice("reference", "the kernels add up in float32, too coarse for float64")
@@ -218,7 +218,7 @@ def _cuda_append(*args):
 
 
 # Without Triton the reference stays.
-if _HAS_TRITON:
+if HAS_TRITON:
     _LIB.impl("attention_decode", _cuda, "CUDA")
     _LIB.impl("cache_append", _cuda_append, "CUDA")
 

@@ -153,7 +153,7 @@ def attention_backward(
     return _dense_backward(*grads, q, k, v, mask, bias, q_lens, k_lens, *extras, *rule, *needs)
 
 
-def _without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
     """Inside autocast, too, the products are those of the computing dtype."""
 
     @functools.wraps(compute)
@@ -167,7 +167,7 @@ def _without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
     return computed
 
 
-@_without_autocast
+@without_autocast
 def _dense(
     q, k, v, mask, bias, q_lens, k_lens, alibi_slopes, sinks, seed,
     causal, window_left, window_right, softcap, dropout_p, scale,
@@ -204,7 +204,7 @@ def _dense(
     return (p @ v).to(dtype), lse
 
 
-@_without_autocast
+@without_autocast
 def _dense_backward(
     do, dlse, o, lse, q, k, v, mask, bias, q_lens, k_lens, alibi_slopes, sinks, seed,
     causal, window_left, window_right, softcap, dropout_p, scale, need_dq, need_dkv, need_dbias,

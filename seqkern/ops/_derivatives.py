@@ -1,0 +1,57 @@
+"""What the autograd functions of the ops share: second derivatives, and when to record a call."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
+
+
+def through_reference(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of a function in plain PyTorch operations, for an op of the same meaning.
+
+    Args:
+        function: of the inputs, in order.
+        inputs: None where there is none.
+        needed: which of them take a gradient.
+        grad_outputs: the gradients of the function's results, None for those not used.
+
+    Returns:
+        One for each of the inputs, None where not needed.
+    """
+    wanted = [i for i, t in enumerate(inputs) if t is not None and needed[i]]
+    given = [i for i, g in enumerate(grad_outputs) if g is not None]
+    grads: list[Tensor | None] = [None] * len(inputs)
+    if not given or not wanted:
+        return grads
+
+    def of_wanted(*values: Tensor) -> tuple[Tensor, ...]:
+        everything = list(inputs)
+        for i, value in zip(wanted, values, strict=True):
+            everything[i] = value
+        outputs = function(*everything)
+        return tuple(outputs[i] for i in given)
+
+    # vjp and not autograd.grad, which torch.func's transforms refuse.
+    vjp = torch.func.vjp(of_wanted, *(inputs[i] for i in wanted))[1]
+    for i, g in zip(wanted, vjp(tuple(grad_outputs[i] for i in given)), strict=True):
+        grads[i] = g
+    return grads
+
+
+def needs_grad(tensors) -> bool:
+    """Whether autograd records what is done with these tensors, of which some may be None."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def recorded(tensors) -> bool:
+    """Whether a derivative of a call with these tensors may be asked for."""
+    if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
+        return True
+    return needs_grad(tensors)
