@@ -188,10 +188,10 @@ def _rows_of(t: Tensor, rows: slice) -> Tensor:
 
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     """w and lse of the scores (B, n, Tk)."""
-    if not s.size(-1):
-        return s, s.new_full(s.shape[:2], -torch.inf)
+    least, rows = torch.finfo(s.dtype).min, (*s.shape[:2], 1)
+    top = s.detach().amax(-1, keepdim=True) if s.size(-1) else s.new_full(rows, least)
     # -inf only in a row without anything left, where any finite value will do.
-    top = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)
+    top = top.clamp(min=least)
     e = (s - top).exp()
     total = e.sum(-1, keepdim=True)
     empty = total == 0

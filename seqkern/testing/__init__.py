@@ -1,5 +1,6 @@
 """Cases and tolerances for testing the ops, shared by tests, benchmarks and users."""
 
+from seqkern.testing.additive import additive_case as additive_case
 from seqkern.testing.attention import attention_case as attention_case
 from seqkern.testing.cases import OpCase as OpCase
 from seqkern.testing.cases import all_cases as all_cases
@@ -13,6 +14,7 @@ from seqkern.testing.tolerance import neighbours as neighbours
 
 __all__ = [
     "OpCase",
+    "additive_case",
     "all_cases",
     "assert_matches_reference",
     "assert_within_budget",
