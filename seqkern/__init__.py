@@ -8,6 +8,7 @@ from seqkern.ops.attention import attention_varlen as attention_varlen
 from seqkern.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from seqkern.ops.combine import combine_partials as combine_partials
 from seqkern.ops.decode import attention_decode as attention_decode
+from seqkern.ops.decoder import attention_decoder as attention_decoder
 from seqkern.ops.explain import explain as explain
 from seqkern.ops.functional import gru as gru
 from seqkern.ops.functional import gru_cell as gru_cell
@@ -25,6 +26,7 @@ __all__ = [
     "additive_attention",
     "attention",
     "attention_decode",
+    "attention_decoder",
     "attention_varlen",
     "combine_partials",
     "convert",

@@ -205,7 +205,7 @@ def test_compile(case: OpCase) -> None:
 
 
 def test_a_fused_op_has_both_directions() -> None:
-    for op in ("recurrent", "attention", "additive_attention"):
+    for op in ("recurrent", "attention", "additive_attention", "attention_decoder"):
         for device in ("cpu", "cuda"):
             fused = {name: has_native_kernel(name, device) for name in (op, f"{op}_backward")}
             assert len(set(fused.values())) == 1, (device, fused)

@@ -7,6 +7,7 @@ from seqkern.testing.cases import all_cases as all_cases
 from seqkern.testing.compare import assert_matches_reference as assert_matches_reference
 from seqkern.testing.compare import cotangents as cotangents
 from seqkern.testing.compare import named as named
+from seqkern.testing.decoder import decoder_case as decoder_case
 from seqkern.testing.recurrent import recurrent_case as recurrent_case
 from seqkern.testing.tolerance import assert_within_budget as assert_within_budget
 from seqkern.testing.tolerance import error_budget as error_budget
@@ -20,6 +21,7 @@ __all__ = [
     "assert_within_budget",
     "attention_case",
     "cotangents",
+    "decoder_case",
     "error_budget",
     "named",
     "neighbours",

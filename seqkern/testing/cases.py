@@ -40,6 +40,7 @@ def all_cases() -> list[OpCase]:
     """Every case of every op."""
     from seqkern.testing.additive import additive_cases
     from seqkern.testing.attention import attention_cases
+    from seqkern.testing.decoder import decoder_cases
     from seqkern.testing.recurrent import recurrent_cases
 
-    return recurrent_cases() + attention_cases() + additive_cases()
+    return recurrent_cases() + attention_cases() + additive_cases() + decoder_cases()
