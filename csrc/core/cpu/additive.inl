@@ -1,0 +1,298 @@
+// The scores of additive attention, sum_d v_d tanh(q_d + k_d), and their derivatives: what the
+// attention ops and the attending decoder share.
+//
+// tanh(q + k) = 1 - 2 r with r = 1 / (1 + e^2q e^2k), and the exponentials are taken once for each
+// token instead of once for each pair. Four elements of a pair share one reciprocal,
+//
+//   v1/a + v2/b + v3/c + v4/d = ((v1 b + v2 a) cd + (v3 d + v4 c) ab) / (abcd),
+//
+// so an element costs under five instructions where its tanh alone would cost twenty. Rows are
+// padded with zeros to whole vectors; so is v, which keeps the padding out of every sum.
+
+// Which arithmetic serves a pair of tokens, by how large |q + k| can get: the sum of the bounds of
+// both, the largest |x| of each.
+enum class Form {
+  tiny,     // 1 - 2 r would cancel: tanh's own series
+  grouped,  // the product of four (1 + e^2(q+k)) is finite
+  single,   // one is
+  plain,    // large, infinite or NaN: tanh of the sum
+};
+
+template <class C>
+struct FormBounds;
+template <>
+struct FormBounds<float> {
+  static constexpr float tiny = 0.5f, grouped = 10.5f, single = 40.0f, v = 1e9f;
+};
+template <>
+struct FormBounds<double> {
+  static constexpr double tiny = 0.5, grouped = 87.0, single = 350.0, v = 1e60;
+};
+
+template <class C>
+SK_INLINE C infinity() {
+  return C(__builtin_inf());
+}
+
+// Vectors in registers, one for each lane of a vector of sums.
+template <class C>
+constexpr int kPairKeys = kLanes<C> < 4 ? kLanes<C> : 4;
+template <class C>
+constexpr int kPairQueries = kLanes<C> / kPairKeys<C>;
+
+// Tokens ready for scores: rows of `stride` elements, padded with zeros, their exponentials e^2x,
+// and the largest |x| of each row (infinity where one is NaN).
+template <class C>
+struct AdditiveTokens {
+  C* rows;
+  C* exps;
+  C* bounds;
+  int64_t stride;
+
+  AdditiveTokens from(int64_t token) const {
+    return {rows + token * stride, exps + token * stride, bounds + token, stride};
+  }
+};
+
+// v as the scores need it: padded with zeros, its sum, and whether it is of ordinary size.
+template <class C>
+struct AdditiveVector {
+  const C* v;
+  C sum;
+  bool ordinary;
+  int64_t padded;  // elements, a multiple of the lanes
+};
+
+// Keeps the compiler from fusing this product into a sum: the two operands of that sum would then
+// not be rounded alike, in one tile this one and in another that.
+template <class C>
+SK_INLINE V<C> rounded(V<C> x) {
+#if defined(__x86_64__) && defined(SK_AVX512)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
+template <class C>
+SK_INLINE V<C> absolute(V<C> x) {
+  return (x < C(0)) ? -x : x;
+}
+
+// 1 / b for b in [1, 2^125].
+template <class C>
+SK_INLINE V<C> reciprocal(V<C> b) {
+  return divide(splat(C(1)), b);
+}
+// acc + a / b.
+template <class C>
+SK_INLINE V<C> add_quotient(V<C> acc, V<C> a, V<C> b) {
+#ifdef SK_AVX512
+  if constexpr (sizeof(C) == 4) return acc + a * reciprocal<C>(b);
+#endif
+  return acc + divide(a, b);
+}
+
+// The sum of a vector's lanes, by halves.
+template <class C>
+SK_INLINE C sum_lanes(V<C> x) {
+  C t[kLanes<C>];
+  store<C>(t, x);
+#pragma GCC unroll 4
+  for (int d = kLanes<C> / 2; d > 0; d /= 2)
+#pragma GCC unroll 8
+    for (int l = 0; l < d; ++l) t[l] += t[l + d];
+  return t[0];
+}
+// Lane l of the result is the sum of the lanes of r[l], by halves as above.
+template <class C, int D = kLanes<C> / 2>
+SK_INLINE V<C> sum_each(V<C>* r) {
+  constexpr int L = kLanes<C>;
+  typename Simd<C>::I lo, hi;
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) {
+    lo[l] = (l & D) == 0 ? l : L + l - D;
+    hi[l] = (l & D) == 0 ? l + D : L + l;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < D; ++i)
+    r[i] = __builtin_shuffle(r[i], r[i + D], lo) + __builtin_shuffle(r[i], r[i + D], hi);
+  if constexpr (D > 1) return sum_each<C, D / 2>(r);
+  return r[0];
+}
+
+// Reads one token of n elements: its row and its exponentials, both padded to whole vectors.
+// Returns the largest |x|.
+template <class S, class C>
+static C exponentials(const S* x, int64_t n, C* row, C* exps) {
+  constexpr C limit = 2 * FormBounds<C>::single;
+  V<C> top = {}, poison = {};
+  for (int64_t i = 0; i < n; i += kLanes<C>) {
+    const V<C> a = load_n<C>(x + i, n - i), size = absolute<C>(a);
+    top = (size > top) ? size : top;
+    poison += a - a;  // 0, and NaN for what is not finite
+    V<C> scale, p;
+    exp_parts<C>(clamp_keep_nan<C>(a + a, -limit, limit), scale, p);
+    store<C>(row + i, a);
+    store<C>(exps + i, scale + scale * p);
+  }
+  C largest = 0;
+  for (int l = 0; l < kLanes<C>; ++l) largest = max_(largest, C(top[l]));
+  return sum_lanes<C>(poison) == C(0) ? largest : infinity<C>();
+}
+
+// Tokens [0, n) at x, `row` elements apart, D elements each.
+template <class S, class C>
+static void prepare_tokens(const S* x, int64_t row, int64_t n, int64_t D,
+                           const AdditiveTokens<C>& to) {
+  for (int64_t i = 0; i < n; ++i)
+    to.bounds[i] =
+        exponentials<S, C>(x + i * row, D, to.rows + i * to.stride, to.exps + i * to.stride);
+}
+
+// v (D,) into `to`, which holds D rounded up to whole vectors.
+template <class S, class C>
+static AdditiveVector<C> prepare_vector(const S* v, int64_t D, C* to) {
+  const int64_t padded = round_up(D, kLanes<C>);
+  copy_row<C>(to, v, D, padded);
+  V<C> sum = {};
+  bool ordinary = true;
+  for (int64_t i = 0; i < padded; i += kLanes<C>) {
+    const V<C> a = load<C>(to + i), size = absolute<C>(a);
+    sum += a;
+    for (int l = 0; l < kLanes<C>; ++l) ordinary = ordinary && size[l] <= FormBounds<C>::v;
+  }
+  return {to, sum_lanes<C>(sum), ordinary, padded};
+}
+
+template <class C>
+SK_INLINE Form form_of(C q_bound, C k_bound, const AdditiveVector<C>& v) {
+  const C size = q_bound + k_bound;
+  if (!v.ordinary || !(size <= FormBounds<C>::single)) return Form::plain;
+  if (size <= FormBounds<C>::tiny) return Form::tiny;
+  return size <= FormBounds<C>::grouped ? Form::grouped : Form::single;
+}
+
+SK_INLINE V<float> tanh_tiny(V<float> x) { return tanh<float>(x); }
+SK_INLINE V<double> tanh_tiny(V<double> x) { return tanh<double>(x); }
+
+// ---- scores
+
+// sum_d v_d tanh(q_d + k_d) of R queries and K keys, in `sums` query by query; R * K is at most the
+// number of lanes. A pair's sum has the same bits in every tile.
+template <class C, Form F, int R, int K>
+static V<C> score_tile(const C* const* q, const C* const* k, const AdditiveVector<C>& v) {
+  constexpr int L = kLanes<C>, G = F == Form::grouped ? 4 : 1;
+  V<C> acc[L] = {};
+  int64_t d = 0;
+  if constexpr (F == Form::grouped) {
+    for (; d + G * L <= v.padded; d += G * L) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int c = 0; c < K; ++c) {
+          V<C> den[G], num[G / 2];
+#pragma GCC unroll 4
+          for (int g = 0; g < G; ++g)
+            den[g] = load<C>(q[r] + d + g * L) * load<C>(k[c] + d + g * L) + C(1);
+#pragma GCC unroll 2
+          for (int g = 0; g < G; g += 2) {
+            const V<C> cross = rounded<C>(load<C>(v.v + d + (g + 1) * L) * den[g]);
+            num[g / 2] = load<C>(v.v + d + g * L) * den[g + 1] + cross;
+            den[g / 2] = den[g] * den[g + 1];
+          }
+          const V<C> cross = rounded<C>(num[1] * den[0]);
+          acc[r * K + c] =
+              add_quotient<C>(acc[r * K + c], num[0] * den[1] + cross, den[0] * den[1]);
+        }
+    }
+  }
+  for (; d < v.padded; d += L) {
+    const V<C> w = load<C>(v.v + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < K; ++c) {
+        const V<C> a = load<C>(q[r] + d), b = load<C>(k[c] + d);
+        V<C>& sum = acc[r * K + c];
+        if constexpr (F == Form::plain) sum += w * tanh<C>(a + b);
+        if constexpr (F == Form::tiny) sum += w * tanh_tiny(a + b);
+        if constexpr (F == Form::grouped || F == Form::single)
+          sum = add_quotient<C>(sum, w, a * b + C(1));
+      }
+  }
+  const V<C> total = sum_each<C>(acc);
+  if constexpr (F == Form::plain || F == Form::tiny) return total;
+  return v.sum - C(2) * total;
+}
+
+template <class C, int R, int K>
+static V<C> score_tile_of(Form form, const C* const* q_rows, const C* const* q_exps,
+                          const C* const* k_rows, const C* const* k_exps,
+                          const AdditiveVector<C>& v) {
+  switch (form) {
+    case Form::tiny:
+      return score_tile<C, Form::tiny, R, K>(q_rows, k_rows, v);
+    case Form::grouped:
+      return score_tile<C, Form::grouped, R, K>(q_exps, k_exps, v);
+    case Form::single:
+      return score_tile<C, Form::single, R, K>(q_exps, k_exps, v);
+    case Form::plain:
+      break;
+  }
+  return score_tile<C, Form::plain, R, K>(q_rows, k_rows, v);
+}
+
+// The scores of up to R queries and K keys: to[r * ld + c]. Tokens past the ends are the last one
+// again; pairs of different forms are computed one by one.
+template <class C, int R, int K>
+static void score_block(const AdditiveTokens<C>& q, int64_t queries, const AdditiveTokens<C>& k,
+                        int64_t keys, const AdditiveVector<C>& v, C* to, int64_t ld) {
+  const C *q_rows[R], *q_exps[R], *k_rows[K], *k_exps[K];
+  for (int r = 0; r < R; ++r) {
+    const AdditiveTokens<C> t = q.from(min_<int64_t>(r, queries - 1));
+    q_rows[r] = t.rows, q_exps[r] = t.exps;
+  }
+  for (int c = 0; c < K; ++c) {
+    const AdditiveTokens<C> t = k.from(min_<int64_t>(c, keys - 1));
+    k_rows[c] = t.rows, k_exps[c] = t.exps;
+  }
+  const Form form = form_of(q.bounds[0], k.bounds[0], v);
+  bool same = true;
+  for (int64_t r = 0; r < queries; ++r)
+    for (int64_t c = 0; c < keys; ++c) same = same && form_of(q.bounds[r], k.bounds[c], v) == form;
+  C sums[kLanes<C>];
+  if (same) {
+    store<C>(sums, score_tile_of<C, R, K>(form, q_rows, q_exps, k_rows, k_exps, v));
+  } else {
+    for (int64_t r = 0; r < queries; ++r)
+      for (int64_t c = 0; c < keys; ++c)
+        sums[r * K + c] = score_tile_of<C, 1, 1>(form_of(q.bounds[r], k.bounds[c], v), q_rows + r,
+                                                 q_exps + r, k_rows + c, k_exps + c, v)[0];
+  }
+  for (int64_t r = 0; r < queries; ++r)
+    for (int64_t c = 0; c < keys; ++c) to[r * ld + c] = sums[r * K + c];
+}
+
+// to[i * ld + j] = sum_d v_d tanh(q_i + k_j) for queries [0, queries) and keys [0, keys).
+template <class C>
+static void scores(const AdditiveTokens<C>& q, int64_t queries, const AdditiveTokens<C>& k,
+                   int64_t keys, const AdditiveVector<C>& v, C* to, int64_t ld) {
+  constexpr int R = kPairQueries<C>, K = kPairKeys<C>;
+  for (int64_t j = 0; j < keys; j += K)
+    for (int64_t i = 0; i < queries; i += R)
+      score_block<C, R, K>(q.from(i), min_<int64_t>(R, queries - i), k.from(j),
+                           min_<int64_t>(K, keys - j), v, to + i * ld + j, ld);
+}
+
+// The same for one query: what a decoder's step needs.
+template <class C>
+static void score_row(const AdditiveTokens<C>& q, const AdditiveTokens<C>& k, int64_t keys,
+                      const AdditiveVector<C>& v, C* to) {
+  constexpr int K = kLanes<C>;
+  for (int64_t j = 0; j < keys; j += K)
+    score_block<C, 1, K>(q, 1, k.from(j), min_<int64_t>(K, keys - j), v, to + j, K);
+}

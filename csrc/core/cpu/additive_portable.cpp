@@ -1,0 +1,13 @@
+// Additive attention for every processor: 16-byte vectors of the baseline instruction set.
+#include "additive_table.h"
+#include "types.h"
+
+#define SK_SET portable
+#define SK_VBYTES 16
+#define SK_ACC 12
+
+#include "additive_set.inl"
+
+namespace seqkern {
+const AdditiveTable& additive_portable() { return portable::kAdditiveTable; }
+}  // namespace seqkern
