@@ -10,13 +10,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqkern.ops import _attention_ops, decode
-from seqkern.ops.choice import Choice
+from seqkern.ops import _additive_ops, _attention_ops, decode
+from seqkern.ops.choice import Choice, instructions
 
 _CHOICES = {
     torch.ops.seqkern.attention.default: _attention_ops.choose,
     torch.ops.seqkern.attention_decode.default: decode.choose,
+    torch.ops.seqkern.additive_attention.default: _additive_ops.choose,
 }
+# Attention has no kernels for matrix tiles or 16-bit products on the CPU.
+_SETS = {"amx": "avx512", "avx512_bf16": "avx512"}
 _BY_PYTORCH = Choice("torch", "PyTorch's own function means the same and serves without a seed")
 
 
@@ -27,6 +30,7 @@ class AttentionExplanation:
     op: the operator that is called.
     q, k, v: the shapes, in the order of the op.
     kernel, reason: see `seqkern.ops.choice.Choice`.
+    instructions: the instruction set of a native CPU kernel, else None.
     """
 
     op: str
@@ -37,12 +41,14 @@ class AttentionExplanation:
     v: tuple[int, ...]
     kernel: str
     reason: str
+    instructions: str | None
 
     def __str__(self) -> str:
         shapes = " ".join(f"{n} {getattr(self, n)}" for n in "qkv")
         dtype = str(self.dtype).removeprefix("torch.")
+        kernel = f"{self.kernel} ({self.instructions})" if self.instructions else self.kernel
         return (
-            f"attention: {dtype} {shapes} on {self.device}: {self.kernel} through {self.op}; "
+            f"attention: {dtype} {shapes} on {self.device}: {kernel} through {self.op}; "
             f"{self.reason}"
         )
 
@@ -77,7 +83,9 @@ class _Functions(TorchFunctionMode):
 def _explanation(op: str, args, choice: Choice) -> AttentionExplanation:
     q, k, v = (tuple(t.shape) for t in args[:3])
     dtype, device = args[0].dtype, args[0].device.type
-    return AttentionExplanation(op, dtype, device, q, k, v, choice.kernel, choice.reason)
+    name = instructions(choice, device)
+    chosen = choice.kernel, choice.reason, _SETS.get(name, name) if name else None
+    return AttentionExplanation(op, dtype, device, q, k, v, *chosen)
 
 
 def explain_attention(

@@ -104,3 +104,8 @@ def choose(
 def has_native_kernel(op: str, device: str) -> bool:
     """Whether a kernel other than the reference serves seqkern::`op` on this type of device."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"seqkern::{op}", device.upper())
+
+
+def instructions(choice: Choice, device: str) -> str | None:
+    """The instruction set that a native kernel runs on the CPU; None for every other one."""
+    return cpu_capability() if choice.kernel == "native" and device == "cpu" else None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkern.ops._attention_explain import AttentionExplanation, explain_attention
-from seqkern.ops.choice import Choice, Sizes, choose, has_native_kernel
+from seqkern.ops.choice import Sizes, choose, has_native_kernel, instructions
 from seqkern.ops.recurrent import needs_grad
 
 
@@ -57,7 +57,8 @@ def explain(layer: Any, *inputs: Any, **options: Any) -> Explanations:
 
     Args:
         layer: a recurrent layer or cell of seqkern.nn or torch.nn; or a module or a function that
-            attends, such as seqkern.attention or seqkern.nn.MultiheadAttention.
+            attends, such as seqkern.attention, seqkern.additive_attention or
+            seqkern.nn.MultiheadAttention.
         inputs: what it would be called with. A recurrent layer needs no states: (T, B, I),
             (B, T, I) if batch_first, (T, I) or a PackedSequence; a cell (B, I) or (I,).
         options: keywords of the call.
@@ -119,7 +120,7 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
         name = "aten::lstm" if choice.kernel == "onednn" else f"seqkern::{op}"
         if snapshot:
             choice = replace(choice, reason=f"{choice.reason}; on the weights of prepack()")
-        cpu = _instructions(choice, device)
+        cpu = instructions(choice, device)
         lines.append(
             Explanation(i, name, mode, dtype, device, sizes, choice.kernel, choice.reason, cpu)
         )
@@ -150,9 +151,3 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return x.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _instructions(choice: Choice, device: str) -> str | None:
-    if choice.kernel != "native" or device != "cpu":
-        return None
-    return torch.ops.seqkern.cpu_capability()

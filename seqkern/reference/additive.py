@@ -34,9 +34,8 @@ from torch import Tensor
 
 from seqkern.reference.attention import without_autocast
 
-_NAMES = "query", "key", "value", "v", "bias"
 # Elements of t that are in memory at once, unless a single query has more.
-_BLOCK_ELEMENTS = 2**22
+_BLOCK_ELEMENTS = 2**20
 
 
 @without_autocast
@@ -107,7 +106,9 @@ def additive_attention_backward(
         dquery, dkey, dvalue, dv, dbias, each shaped like its input and in its dtype; (0,) where
         not wanted.
     """
-    values, grads = _zero_beyond(value, k_lens), {name: [] for name in _NAMES}
+    values = _zero_beyond(value, k_lens)
+    dquery, dbias = [], []
+    dkey = dvalue = dv = torch.zeros((), dtype=lse.dtype, device=lse.device)
     for rows, t, s, live in _blocks(query, key, v, mask, bias, k_lens, scale):
         empty = (lse[:, rows] == -torch.inf).unsqueeze(-1)
         w = (s - lse[:, rows].unsqueeze(-1).masked_fill(empty, torch.inf)).exp()
@@ -122,25 +123,26 @@ def additive_attention_backward(
         if live is not None:
             # What is excluded gives exactly nothing, even where it is NaN.
             ds, t = ds.masked_fill(~live, 0), t.masked_fill(~live.unsqueeze(-1), 0)
-        if need_dbias:
-            grads["bias"].append(ds)
+        if bias is not None and need_dbias:
+            count = 1 if bias.size(1) == 1 else ds.size(1)
+            dbias.append(ds.sum_to_size(bias.size(0), count, bias.size(2)))
         if need_dvalue:
-            grads["value"].append(w.mT @ g)
+            dvalue = dvalue + w.mT @ g
         if need_dv:
-            grads["v"].append(scale * (ds.flatten() @ t.flatten(0, 2)))
+            dv = dv + scale * (ds.flatten() @ t.flatten(0, 2))
         if need_dq or need_dk:
             slopes = scale * v.to(w.dtype) * ds.unsqueeze(-1) * (1 - t * t)
             if need_dq:
-                grads["query"].append(slopes.sum(2).to(query.dtype))
+                dquery.append(slopes.sum(2).to(query.dtype))
             if need_dk:
-                grads["key"].append(slopes.sum(1))
+                dkey = dkey + slopes.sum(1)
     none = query.new_empty(0)
     return (
-        torch.cat(grads["query"], 1) if need_dq else none,
-        _sum(grads["key"]).to(key.dtype) if need_dk else none,
-        _sum(grads["value"]).to(value.dtype) if need_dvalue else none,
-        _sum(grads["v"]).to(v.dtype) if need_dv else none,
-        _summed_to(bias, torch.cat(grads["bias"], 1)) if bias is not None and need_dbias else none,
+        torch.cat(dquery, 1) if need_dq else none,
+        dkey.to(key.dtype) if need_dk else none,
+        dvalue.to(value.dtype) if need_dvalue else none,
+        dv.to(v.dtype) if need_dv else none,
+        _joined(dbias, bias) if bias is not None and need_dbias else none,
     )
 
 
@@ -207,12 +209,7 @@ def _zero_beyond(t: Tensor, lens: Tensor | None) -> Tensor:
     return t.masked_fill(beyond.unsqueeze(-1), 0)
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _summed_to(bias: Tensor, ds: Tensor) -> Tensor:
-    return ds.sum_to_size(bias.shape).to(bias.dtype)
+def _joined(dbias: list[Tensor], bias: Tensor) -> Tensor:
+    """The blocks' gradients one below the other, or added up where bias has one row for all."""
+    whole = torch.cat(dbias, 1)
+    return whole.sum_to_size(bias.shape).to(bias.dtype)

@@ -121,6 +121,6 @@ def additive_cases() -> list[OpCase]:
         case("long", B=1, Tq=3, Tk=301, D=19, Dv=18),
         case("one", B=1, Tq=1, Tk=1, D=1, Dv=1, weights=True),
         case("empty", B=0),
-        case("empty", Tq=0, weights=True),
+        case("empty", Tq=0, bias=(1, 1, 5), weights=True),
         case("empty", Tk=0, weights=True),
     ]
