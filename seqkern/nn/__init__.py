@@ -1,8 +1,12 @@
-"""Drop-in layers: the recurrent and the Transformer classes of ``torch.nn`` on seqkern's ops.
+"""Drop-in layers: the recurrent and the Transformer classes of ``torch.nn`` on seqkern's ops, and
+the attentions of recurrent decoders.
 
 The layers hold parameters, check arguments and reshape; all arithmetic is in ``seqkern.ops``.
 """
 
+from seqkern.nn.additive import AdditiveAttention as AdditiveAttention
+from seqkern.nn.additive import DotAttention as DotAttention
+from seqkern.nn.additive import GeneralAttention as GeneralAttention
 from seqkern.nn.attention import MultiheadAttention as MultiheadAttention
 from seqkern.nn.cells import GRUCell as GRUCell
 from seqkern.nn.cells import LSTMCell as LSTMCell
@@ -20,7 +24,10 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
+    "DotAttention",
     "GRUCell",
+    "GeneralAttention",
     "LSTMCell",
     "MultiheadAttention",
     "RNNCell",

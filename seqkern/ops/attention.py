@@ -80,6 +80,7 @@ def attention(
         ValueError: a size, dtype, device or value does not fit; the message names it.
     """
     name = "attention"
+    q, k, v = _autocast(name, q, k, v)
     check_qkv(name, q, k, v, packed=False)
     args = _normal_form(
         name,
@@ -147,6 +148,7 @@ def attention_varlen(
     offsets = cu_q
     if cu_q is None or cu_k is None:
         raise ValueError(f"{name}: cu_q and cu_k must be given unless q, k and v are nested")
+    q, k, v = _autocast(name, q, k, v)
     check_qkv(name, q, k, v, packed=True)
     args = _normal_form(
         name,
@@ -254,8 +256,6 @@ def _normal_form(name: str, tensors: tuple, options: tuple, sizes: tuple) -> tup
     """
     q, k, v, mask, bias, *lens, slopes, sinks, cu_q, cu_k = tensors
     causal, window, softcap, dropout_p, dropout_seed, scale = options
-    if _is_any_autocast_enabled():
-        q, k, v = _autocast(q, k, v)
     mask, bias = (_with_four_dims(name, n, t) for n, t in (("mask", mask), ("bias", bias)))
     if bias is not None and not bias.dtype.is_floating_point:
         raise ValueError(f"{name}: bias must be floating, got {bias.dtype}")
@@ -315,12 +315,17 @@ def _int32(t: Tensor | None) -> Tensor | None:
     return t.to(torch.int32) if isinstance(t, Tensor) and t.dtype == torch.int64 else t
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
+def _autocast(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not _is_any_autocast_enabled():
+        return q, k, v
+    for argument, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, argument, t)
+    device = q.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
+        return q, k, v
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    return q, k, v
 
 
 def _longest(cu: Tensor, given: int | None) -> int:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqkern.reference.attention import zero_beyond
+
 
 def attention_with_weights(
     q: Tensor,
@@ -12,9 +14,11 @@ def attention_with_weights(
     *,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    k_lens: Tensor | None = None,
     dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D) + bias) v and the softmax itself, in plain PyTorch operations.
+    """softmax(scale q k^T + bias) v and the softmax itself, in plain PyTorch operations.
 
     Any derivative of any order comes from PyTorch's own formulas. Dropout is PyTorch's, with the
     numbers of its generator.
@@ -24,7 +28,9 @@ def attention_with_weights(
         k, v: (B, H, Tk, D) and (B, H, Tk, Dv).
         mask: boolean, broadcasts to (B, H, Tq, Tk); False excludes a key.
         bias: floating, broadcasts to (B, H, Tq, Tk).
+        k_lens: (B,), how many keys are real; what lies beyond is not read.
         dropout_p: probability of dropping a weight, in [0, 1].
+        scale: of the scores; 1 / sqrt(D) if None.
 
     Returns:
         o (B, H, Tq, Dv) and the weights (B, H, Tq, Tk) that made it, after dropout; zeros for a
@@ -34,7 +40,11 @@ def attention_with_weights(
         ValueError: dropout_p is outside [0, 1].
         RuntimeError: sizes do not fit.
     """
-    scores = (q * q.size(-1) ** -0.5) @ k.mT
+    if k_lens is not None:
+        k, v = (zero_beyond(t, k_lens) for t in (k, v))
+        real = torch.arange(k.size(2), device=k.device) < k_lens[:, None, None, None]
+        mask = real if mask is None else mask & real
+    scores = (q * (q.size(-1) ** -0.5 if scale is None else scale)) @ k.mT
     if bias is not None:
         scores = scores + bias
     if mask is not None:
