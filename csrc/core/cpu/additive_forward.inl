@@ -1,6 +1,8 @@
 // The forward of additive attention: blocks of queries, whose scores over all keys are kept, so
 // that the softmax is exact. Keys and values come in blocks that stay in the L2 cache.
 
+#include "additive_single.inl"
+
 // Hands out aligned pieces of a thread's scratch; with a null base it only counts.
 struct Space {
   char* base;
@@ -180,10 +182,14 @@ struct AdditiveForwardPass {
     const int64_t first = part * kAdditiveBlock, m = min_(a.Tq - first, kAdditiveBlock);
     const int64_t keys = keys_of(a, b);
     prepare_tokens<S, C>(token_at<S>(a.query, b, first), a.query.row, m, a.D, q);
-    for (int64_t j = 0; j < keys; j += kKeys) {
-      const int64_t n = min_(keys - j, kKeys);
-      prepare_tokens<S, C>(token_at<S>(a.key, b, j), a.key.row, n, a.D, k);
-      scores<C>(q, m, k, n, vector, s + j, ld_s);
+    if (one_query(vector)) {
+      score_single<S, C>(q.rows, token_at<S>(a.key, b, 0), a.key.row, keys, a.D, vector, s);
+    } else {
+      for (int64_t j = 0; j < keys; j += kKeys) {
+        const int64_t n = min_(keys - j, kKeys);
+        prepare_tokens<S, C>(token_at<S>(a.key, b, j), a.key.row, n, a.D, k);
+        scores<C>(q, m, k, n, vector, s + j, ld_s);
+      }
     }
     C totals[kAdditiveBlock];
     for (int64_t i = 0; i < m; ++i) {
@@ -197,8 +203,12 @@ struct AdditiveForwardPass {
             totals[i] == C(0) ? C(1) : totals[i]);
   }
 
+  bool one_query(const AdditiveVector<C>& vector) const { return a.Tq == 1 && vector.ordinary; }
+
   // context (m, Dv) = s value.
   void contexts(int64_t b, int64_t m, int64_t keys) {
+    if (a.Tq == 1)
+      return context_single<S, C>(s, keys, token_at<S>(a.value, b, 0), a.value.row, a.Dv, context);
     __builtin_memset(context, 0, size_t(m * ld_o) * sizeof(C));
     const S* value = token_at<S>(a.value, b, 0);
     if (!all_finite<S, C>(value, a.value.row, keys, a.Dv))
