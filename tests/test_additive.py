@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqkern
-from seqkern.ops._additive_ops import choose
-from seqkern.ops.choice import Choice, has_native_kernel
+from seqkern.ops._additive_ops import MAX_WIDTH, choose
+from seqkern.ops.choice import HAS_TRITON, Choice, has_native_kernel
 from seqkern.reference import additive as reference
 from tests.additive_inputs import F64, assert_close, attend, draw, eager, inputs_of
 
@@ -298,6 +299,19 @@ def test_explain() -> None:
     assert choose(meta) == Choice("reference", "no kernel of seqkern is loaded for meta")
 
 
+def test_which_kernel_serves_on_cuda() -> None:
+    """The choice looks at shapes alone, so that fake tensors of a device that is not there do."""
+    with FakeTensorMode():
+        for dtype, width, kernel in (
+            (torch.bfloat16, 7, "triton"),
+            (torch.float32, MAX_WIDTH, "triton"),
+            (torch.float32, MAX_WIDTH + 1, "reference"),
+            (F64, 7, "reference"),
+        ):
+            t = torch.empty(2, 3, width, device="cuda", dtype=dtype)
+            assert choose((t, t, t)).kernel == (kernel if HAS_TRITON else "reference")
+
+
 # ---- bad arguments ------------------------------------------------------------------------
 
 GOOD = {"query": (2, 3, 7), "key": (2, 5, 7), "value": (2, 5, 4), "v": (7,)}
@@ -342,6 +356,8 @@ BAD_OPTIONS = [
     ({"mask": torch.ones(3, 5).int()}, ValueError, "mask must be boolean, torch.float32"),
     ({"mask": torch.ones(3, 5).to(F64)}, ValueError, "mask must be boolean, torch.float32"),
     ({"mask": "causal"}, TypeError, "mask must be a Tensor, got str"),
+    ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
     ({"scale": "1"}, TypeError, "scale must be a number or None, got str"),
     ({"scale": torch.tensor(1.0)}, TypeError, "scale must be a number or None, got Tensor"),
 ]

@@ -39,6 +39,7 @@ def check_additive(
             raise ValueError(f"{op}: bias must be {query.dtype} or torch.float32, got {bias.dtype}")
     if k_lens is not None:
         check_vector(op, "k_lens", k_lens, query, query.size(0), (torch.int32,))
+    check_scale(op, scale)
 
 
 def check_sequences(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -86,6 +87,12 @@ def check_mask(op: str, name: str, t: Tensor, query: Tensor, full: tuple[int, in
         raise ValueError(
             f"{op}: {name} must broadcast to (B, Tq, Tk) = {tuple(full)}, got {tuple(t.shape)}"
         )
+
+
+def check_scale(op: str, scale: float | torch.SymFloat) -> None:
+    # Not math.isfinite, which cannot be traced.
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
 
 
 def check_additive_backward(

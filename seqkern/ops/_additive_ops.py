@@ -18,6 +18,8 @@ _ARGS = (
     "Tensor query, Tensor key, Tensor value, Tensor v, Tensor? mask, Tensor? bias,"
     " Tensor? k_lens, float scale"
 )
+# The longest rows of query, key and value that the Triton kernels address.
+MAX_WIDTH = 2**16
 _LIB = torch.library.Library("seqkern", "FRAGMENT")
 _LIB.define(
     f"additive_attention({_ARGS}, bool need_weights) -> (Tensor o, Tensor weights, Tensor lse)"
@@ -38,13 +40,15 @@ def choose(args: tuple) -> Choice:
     Returns:
         "native", "triton" or "reference", and why.
     """
-    query = args[0]
+    query, value = args[0], args[2]
     device = query.device.type
     if device == "cuda":
         if not HAS_TRITON:
             return Choice("reference", "Triton is not installed")
         if query.dtype == torch.float64:
             return Choice("reference", "the kernels add up in float32, too coarse for float64")
+        if max(query.size(2), value.size(2)) > MAX_WIDTH:
+            return Choice("reference", f"the kernels address rows of up to {MAX_WIDTH} elements")
         return Choice("triton", "seqkern's own kernels serve every feature on this device")
     if device == "cpu" and has_native_kernel("additive_attention", device):
         return Choice("native", "seqkern's own kernel holds no tensor of Tq x Tk x D")

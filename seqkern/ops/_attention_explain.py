@@ -10,13 +10,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqkern.ops import _additive_ops, _attention_ops, decode
+from seqkern.ops import _additive_ops, _attention_ops, decode, decoder
 from seqkern.ops.choice import Choice, instructions
 
+_FIRST = (0, 1, 2)
+# Of each op: what chooses its kernel, and which of its arguments are shown as q, k and v. Those of
+# a decoder are its state, the keys and the values.
 _CHOICES = {
-    torch.ops.seqkern.attention.default: _attention_ops.choose,
-    torch.ops.seqkern.attention_decode.default: decode.choose,
-    torch.ops.seqkern.additive_attention.default: _additive_ops.choose,
+    torch.ops.seqkern.attention.default: (_attention_ops.choose, _FIRST),
+    torch.ops.seqkern.attention_decode.default: (decode.choose, _FIRST),
+    torch.ops.seqkern.additive_attention.default: (_additive_ops.choose, _FIRST),
+    torch.ops.seqkern.attention_decoder.default: (decoder.choose, (1, 3, 4)),
+    torch.ops.seqkern.attention_decoder_inference.default: (decoder.choose, (1, 3, 4)),
 }
 # Attention has no kernels for matrix tiles or 16-bit products on the CPU.
 _SETS = {"amx": "avx512", "avx512_bf16": "avx512"}
@@ -62,7 +67,9 @@ class _Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in _CHOICES:
-            self.calls.append(_explanation(func._schema.name, args, _CHOICES[func](args)))
+            choose, places = _CHOICES[func]
+            shown = [args[i] for i in places]
+            self.calls.append(_explanation(func._schema.name, shown, choose(args)))
         return func(*args, **(kwargs or {}))
 
 
@@ -76,13 +83,13 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             op = "aten::scaled_dot_product_attention"
-            self.calls.append(_explanation(op, args, _BY_PYTORCH))
+            self.calls.append(_explanation(op, args[:3], _BY_PYTORCH))
         return func(*args, **(kwargs or {}))
 
 
-def _explanation(op: str, args, choice: Choice) -> AttentionExplanation:
-    q, k, v = (tuple(t.shape) for t in args[:3])
-    dtype, device = args[0].dtype, args[0].device.type
+def _explanation(op: str, tensors, choice: Choice) -> AttentionExplanation:
+    q, k, v = (tuple(t.shape) for t in tensors)
+    dtype, device = tensors[0].dtype, tensors[0].device.type
     name = instructions(choice, device)
     chosen = choice.kernel, choice.reason, _SETS.get(name, name) if name else None
     return AttentionExplanation(op, dtype, device, q, k, v, *chosen)

@@ -4,13 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch._C import (
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _is_any_autocast_enabled,
+)
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from seqkern.ops import _additive_ops as _additive_ops
 from seqkern.ops._additive_autograd import DERIVED, AdditiveAttention
-from seqkern.ops._additive_checks import check_additive, check_mask, check_sequences
+from seqkern.ops._additive_checks import check_additive, check_mask, check_scale, check_sequences
 from seqkern.ops._attention_checks import check_vector
 from seqkern.ops._checks import check_tensor
 from seqkern.ops._derivatives import recorded
@@ -67,8 +71,14 @@ def additive_attention(
         TypeError: an argument is of the wrong type.
         ValueError: a size, dtype or device does not fit; the message names it.
     """
-    args = _normal_form((query, key, value, v), bias, g, k_lens, mask, scale)
-    o, weights, lse = _call((*args, return_weights))
+    try:
+        args = _normal_form((query, key, value, v), bias, g, k_lens, mask, scale)
+        o, weights, lse = _call((*args, return_weights))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        # The ops refuse what does not fit; only then is it worth finding out what it was. The
+        # checks in advance would cost a single query as much as its arithmetic.
+        _check((query, key, value, v), bias, g, k_lens, mask, scale)
+        raise
     if not (return_weights or return_lse):
         return o
     return (o, *((weights,) if return_weights else ()), *((lse,) if return_lse else ()))
@@ -80,24 +90,44 @@ def _normal_form(tensors: tuple, bias, g, k_lens, mask, scale) -> tuple:
     Args:
         tensors: query, key, value, v.
     """
-    for name, t in zip(("query", "key", "value", "v"), tensors, strict=True):
-        check_tensor(_NAME, name, t)
-    if bias is not None:
-        check_tensor(_NAME, "bias", bias)
     if g is not None:
         tensors = *tensors[:3], _normalized(tensors[3], g)
-    tensors = *tensors, bias
     if _is_any_autocast_enabled():
         tensors = _autocast(tensors)
-    query, key, value, v, bias = tensors
-    check_sequences(_NAME, query, key, value)
+        bias = None if bias is None else _autocast((bias,))[0]
+    query, key, value, v = tensors
     if bias is not None:
+        # Other shapes would broadcast.
         check_vector(_NAME, "bias", bias, query, query.size(2), (query.dtype,))
         query = query + bias
-    boolean, added = _masks(mask, query, key)
-    args = query, key, value, v, boolean, added, _lengths(k_lens, query, key), _scale(scale)
-    check_additive(_NAME, *args)
-    return args
+    boolean = added = None
+    if mask is not None:
+        m = _with_three_dims(mask)
+        boolean, added = (m, None) if m.dtype == torch.bool else (None, m)
+    if k_lens is not None and k_lens.dtype == torch.int64:
+        # A length beyond 32 bits must not wrap into a valid one.
+        k_lens = k_lens.clamp(0, key.size(1)).int()
+    return query, key, value, v, boolean, added, k_lens, _scale(scale)
+
+
+def _check(tensors: tuple, bias, g, k_lens, mask, scale) -> None:
+    """The arguments of `additive_attention`, by the names that they have there."""
+    for name, t in zip(("query", "key", "value", "v"), tensors, strict=True):
+        check_tensor(_NAME, name, t)
+    if g is not None:
+        _normalized(tensors[3], g)
+    if bias is not None:
+        check_tensor(_NAME, "bias", bias)
+    query, key, value, v, bias = _autocast((*tensors, bias))
+    check_sequences(_NAME, query, key, value)
+    check_vector(_NAME, "v", v, query, query.size(2), (query.dtype,))
+    if bias is not None:
+        check_vector(_NAME, "bias", bias, query, query.size(2), (query.dtype,))
+    if mask is not None:
+        _check_mask(mask, query, key)
+    if k_lens is not None:
+        check_vector(_NAME, "k_lens", k_lens, query, query.size(0), (torch.int32, torch.int64))
+    _scale(scale)
 
 
 def _normalized(v: Tensor, g: Tensor) -> Tensor:
@@ -120,28 +150,18 @@ def _autocast(tensors: tuple) -> tuple:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _masks(mask: Any, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The mask with three dimensions: the boolean one or the one to be added."""
-    if mask is None:
-        return None, None
+def _with_three_dims(mask: Tensor) -> Tensor:
+    return mask[(None,) * (3 - mask.dim())] if mask.dim() < 3 else mask
+
+
+def _check_mask(mask: Any, query: Tensor, key: Tensor) -> None:
     check_tensor(_NAME, "mask", mask)
-    m = mask[(None,) * (3 - mask.dim())] if mask.dim() < 3 else mask
-    check_mask(_NAME, "mask", m, query, (query.size(0), query.size(1), key.size(1)))
-    if m.dtype == torch.bool:
-        return m, None
-    if m.dtype not in (query.dtype, torch.float32):
+    full = query.size(0), query.size(1), key.size(1)
+    check_mask(_NAME, "mask", _with_three_dims(mask), query, full)
+    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise ValueError(
-            f"{_NAME}: mask must be boolean, {query.dtype} or torch.float32, got {m.dtype}"
+            f"{_NAME}: mask must be boolean, {query.dtype} or torch.float32, got {mask.dtype}"
         )
-    return None, m
-
-
-def _lengths(k_lens: Any, query: Tensor, key: Tensor) -> Tensor | None:
-    if k_lens is None:
-        return None
-    check_vector(_NAME, "k_lens", k_lens, query, query.size(0), (torch.int32, torch.int64))
-    # A length beyond 32 bits must not wrap into a valid one.
-    return k_lens if k_lens.dtype == torch.int32 else k_lens.clamp(0, key.size(1)).int()
 
 
 def _scale(scale: Any) -> float:
@@ -149,6 +169,7 @@ def _scale(scale: Any) -> float:
         return 1.0
     if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
         raise TypeError(f"{_NAME}: scale must be a number or None, got {type(scale).__name__}")
+    check_scale(_NAME, scale)
     return float(scale)
 
 
@@ -160,6 +181,10 @@ def _call(args: tuple) -> tuple[Tensor, Tensor, Tensor]:
         # torch.compile inside a transform.
         check_additive(_NAME, *args[:-1])
         return reference.additive_attention(*args)
-    if not compiling and recorded([args[i] for i in DERIVED]):
+    if compiling:
+        return _op(*args)
+    if recorded([args[i] for i in DERIVED]):
         return AdditiveAttention.apply(*args)
-    return _op(*args)
+    # Not by way of the Autograd kernel, which is in Python and records nothing here.
+    with _AutoDispatchBelowAutograd():
+        return _op(*args)
