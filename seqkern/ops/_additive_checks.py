@@ -91,7 +91,7 @@ def check_mask(op: str, name: str, t: Tensor, query: Tensor, full: tuple[int, in
 
 def check_scale(op: str, scale: float | torch.SymFloat) -> None:
     # Not math.isfinite, which cannot be traced.
-    if not abs(scale) < float("inf"):
+    if not -float("inf") < scale < float("inf"):
         raise ValueError(f"{op}: scale must be finite, got {scale}")
 
 
