@@ -82,7 +82,7 @@ struct AdditiveBackwardPass {
     for (int64_t i = 0; i < n; ++i) to[i] += from[i];
   }
 
-  static void store(void* to, Type type, const void* from, int64_t n) {
+  static void write(void* to, Type type, const void* from, int64_t n) {
     const C* x = static_cast<const C*>(from);
     if constexpr (sizeof(C) == 8) {
       if (type == Type::f32) {
@@ -112,8 +112,63 @@ struct AdditiveBackwardPass {
     const int64_t keys = keys_of(a, b), bias_size = f.bias_sizes[1] * f.bias_sizes[2];
     if (f.dbias && f.bias_sizes[0] == 1) dbias = dbias_share;
     if (f.dbias) clear(dbias, bias_size);
-    clear(dk, a.Tk * stride);
     clear(dv, stride);
+    if (!one_query(b, keys, vector)) all_queries(b, keys, vector);
+    if (f.dv)
+      for (int64_t d = 0; d < a.D; ++d) dv_share[d] = C(a.scale) * dv[d];
+    if (f.dbias && f.bias_sizes[0] != 1) {
+      const int64_t size = a.bias_type == Type::f64 ? 8 : a.bias_type == Type::f32 ? 4 : 2;
+      write(static_cast<char*>(f.dbias) + b * bias_size * size, a.bias_type, dbias, bias_size);
+    }
+  }
+
+  // As `all_queries`, for one query. Does nothing and returns false where the keys are NaN or so
+  // small that 1 - 2 r is too coarse for the gradient of v.
+  bool one_query(int64_t b, int64_t keys, const AdditiveVector<C>& vector) {
+    if (a.Tq != 1 || keys == 0 || !vector.ordinary) return false;
+    C *scores = s, *g = dp, *saved = k.exps;
+    q.bounds[0] = exponentials<S, C>(token_at<S>(a.query, b, 0), a.D, q.rows, q.exps);
+    const C top = score_single<S, C, true>(q.rows, token_at<S>(a.key, b, 0), a.key.row, keys, a.D,
+                                           vector, scores, saved);
+    for (int64_t j = 0; j < keys; ++j)
+      if (scores[j] != scores[j]) return false;
+    if (top <= FormBounds<C>::tiny) return false;
+    finish_scores<C>(a, b, 0, keys, scores);
+    read_gradient(b, 0);
+    multiply_single<S, C>(d_o, token_at<S>(a.value, b, 0), a.value.row, keys, a.Dv, g);
+    finish_gradients(b, 0, keys, scores, g);
+    C total = 0;
+    for (int64_t j = 0; j < keys; ++j) total += g[j];
+    // The slope of the keys' gradients; dq is multiplied by it at the end.
+    C* const slope = k.rows;
+    for (int64_t d = 0; d < vector.padded; ++d) slope[d] = 1;
+    finish_row<C>(slope, vector, C(a.scale));
+    clear(dq, stride);
+    S* const to = f.dkey ? static_cast<S*>(f.dkey) + b * a.Tk * a.D : nullptr;
+    int64_t j = 0;
+    for (; j + 4 <= keys; j += 4)
+      gradients_single<S, C, 4>(saved + j * vector.padded, g + j, slope, a.D, vector.padded, dq, dv,
+                                to ? to + j * a.D : nullptr);
+    for (; j < keys; ++j)
+      gradients_single<S, C, 1>(saved + j * vector.padded, g + j, slope, a.D, vector.padded, dq, dv,
+                                to ? to + j * a.D : nullptr);
+    if (to) clear_row(to + keys * a.D, (a.Tk - keys) * a.D);
+    for (int64_t d = 0; d < vector.padded; d += L)
+      store<C>(dv + d, tanh_sum<C>(Form::grouped, load<C>(dv + d), total));
+    write_rows(f.dquery, b, 1, 1, dq, vector);
+    if (!f.dvalue) return true;
+    S* const values_to = static_cast<S*>(f.dvalue) + b * a.Tk * a.Dv;
+    for (j = 0; j < keys; ++j)
+      for (int64_t d = 0; d < a.Dv; d += L)
+        store_n<C>(values_to + j * a.Dv + d, scores[j] * load<C>(d_o + d), a.Dv - d);
+    clear_row(values_to + keys * a.Dv, (a.Tk - keys) * a.Dv);
+    return true;
+  }
+
+  static void clear_row(S* to, int64_t n) { __builtin_memset(to, 0, size_t(n) * sizeof(S)); }
+
+  void all_queries(int64_t b, int64_t keys, const AdditiveVector<C>& vector) {
+    clear(dk, a.Tk * stride);
     if (f.dvalue) clear(dvalue, a.Tk * ld_o);
     prepare_tokens<S, C>(token_at<S>(a.key, b, 0), a.key.row, keys, a.D, k);
     read_values(b, keys);
@@ -123,12 +178,6 @@ struct AdditiveBackwardPass {
     if (f.dvalue)
       for (int64_t j = 0; j < a.Tk; ++j)
         store_row(static_cast<S*>(f.dvalue) + (b * a.Tk + j) * a.Dv, dvalue + j * ld_o, a.Dv);
-    if (f.dv)
-      for (int64_t d = 0; d < a.D; ++d) dv_share[d] = C(a.scale) * dv[d];
-    if (f.dbias && f.bias_sizes[0] != 1) {
-      const int64_t size = a.bias_type == Type::f64 ? 8 : a.bias_type == Type::f32 ? 4 : 2;
-      store(static_cast<char*>(f.dbias) + b * bias_size * size, a.bias_type, dbias, bias_size);
-    }
   }
 
   void read_values(int64_t b, int64_t keys) {
@@ -145,33 +194,41 @@ struct AdditiveBackwardPass {
   void queries(int64_t b, int64_t first, int64_t m, int64_t keys, const AdditiveVector<C>& vector) {
     prepare_tokens<S, C>(token_at<S>(a.query, b, first), a.query.row, m, a.D, q);
     scores<C>(q, m, k, keys, vector, s, ld_s);
-    const int64_t at = b * a.Tq + first;
-    const C* lse = static_cast<const C*>(f.lse) + at;
     for (int64_t i = 0; i < m; ++i) {
       finish_scores<C>(a, b, first + i, keys, s + i * ld_s);
-      const S* from = static_cast<const S*>(f.d_o) + (at + i) * a.Dv;
-      if (lse[i] == -infinity<C>())
-        clear(d_o + i * ld_o, ld_o);  // its gradient may be anything
-      else
-        copy_row<C>(d_o + i * ld_o, from, a.Dv, ld_o);
+      read_gradient(b * a.Tq + first + i, i);
     }
     multiply(m, d_o, ld_o, value_panels, a.Dv, ceil_div(keys, W), dp, ld_s, true);
-    for (int64_t i = 0; i < m; ++i) {
-      C* g = dp + i * ld_s;
-      if (f.dweights) {
-        const S* dw = static_cast<const S*>(f.dweights) + (at + i) * a.Tk;
-        for (int64_t j = 0; j < keys; ++j) g[j] += load_n<C>(dw + j, 1)[0];
-      }
-      const C dlse = f.dlse ? static_cast<const C*>(f.dlse)[at + i] : C(0);
-      score_gradients<C>(s + i * ld_s, g, keys, lse[i], dlse);
-      add_bias_gradient(first + i, g, keys);
-    }
+    for (int64_t i = 0; i < m; ++i)
+      finish_gradients(b, first + i, keys, s + i * ld_s, dp + i * ld_s);
     if (f.dvalue) add_values(m, keys);
     if (!f.dquery && !f.dkey && !f.dv) return;
     clear(dq, m * stride);
     for (int64_t i = 0; i < m; ++i)
       score_row_backward<C>(q.from(i), k, keys, vector, dp + i * ld_s, dq + i * stride, dk, dv);
-    write_rows(f.dquery, at, m, m, dq, vector);
+    write_rows(f.dquery, b * a.Tq + first, m, m, dq, vector);
+  }
+
+  // do of query `at` of all into row i of d_o; zeros where nothing was left to the query, whose
+  // gradient may be anything.
+  void read_gradient(int64_t at, int64_t i) {
+    if (static_cast<const C*>(f.lse)[at] == -infinity<C>())
+      clear(d_o + i * ld_o, ld_o);
+    else
+      copy_row<C>(d_o + i * ld_o, static_cast<const S*>(f.d_o) + at * a.Dv, a.Dv, ld_o);
+  }
+
+  // From the scores and do . value of a query: its weights and ds, in their places.
+  void finish_gradients(int64_t b, int64_t i, int64_t keys, C* scores, C* g) {
+    const int64_t at = b * a.Tq + i;
+    if (f.dweights) {
+      const S* dw = static_cast<const S*>(f.dweights) + at * a.Tk;
+      for (int64_t j = 0; j < keys; j += L)
+        store_n<C>(g + j, load_n<C>(g + j, keys - j) + load_n<C>(dw + j, keys - j), keys - j);
+    }
+    const C dlse = f.dlse ? static_cast<const C*>(f.dlse)[at] : C(0);
+    score_gradients<C>(scores, g, keys, static_cast<const C*>(f.lse)[at], dlse);
+    add_bias_gradient(i, g, keys);
   }
 
   static void multiply(int64_t m, const C* x, int64_t ldx, const C* packed, int64_t depth,

@@ -6,6 +6,20 @@
 // where g = r (1 - r) in the exponentials' terms. What is summed here are the plain sums of ds g
 // and ds tanh; `finish_row` multiplies once for each token what would cost a product for each pair.
 
+// r becomes 1 / r; four of them by one reciprocal where their product is finite.
+template <class C, int K, bool Grouped>
+SK_INLINE void invert(V<C>* r) {
+  if constexpr (Grouped && K == 4) {
+    const V<C> ab = r[0] * r[1], cd = r[2] * r[3], all = reciprocal<C>(ab * cd);
+    const V<C> b = r[1], d = r[3], ab_inverse = all * cd, cd_inverse = all * ab;
+    r[1] = ab_inverse * r[0], r[0] = ab_inverse * b;
+    r[3] = cd_inverse * r[2], r[2] = cd_inverse * d;
+  } else {
+#pragma GCC unroll 4
+    for (int c = 0; c < K; ++c) r[c] = reciprocal<C>(r[c]);
+  }
+}
+
 // One vector of one query and K keys: adds to dq, dk and dv. Where exponentials serve, dv receives
 // the sum of ds r, of which `tanh_sum` makes that of ds tanh.
 template <class C, Form F, int K>
@@ -26,15 +40,7 @@ SK_INLINE void gradient_step(V<C> q, const V<C>* k, const C* ds, V<C>& dq, V<C>*
   }
 #pragma GCC unroll 4
   for (int c = 0; c < K; ++c) r[c] = q * k[c] + C(1);
-  if constexpr (F == Form::grouped && K == 4) {
-    const V<C> ab = r[0] * r[1], cd = r[2] * r[3], all = reciprocal<C>(ab * cd);
-    const V<C> b = r[1], d = r[3], ab_inverse = all * cd, cd_inverse = all * ab;
-    r[1] = ab_inverse * r[0], r[0] = ab_inverse * b;
-    r[3] = cd_inverse * r[2], r[2] = cd_inverse * d;
-  } else {
-#pragma GCC unroll 4
-    for (int c = 0; c < K; ++c) r[c] = reciprocal<C>(r[c]);
-  }
+  invert<C, K, F == Form::grouped>(r);
 #pragma GCC unroll 4
   for (int c = 0; c < K; ++c) {
     const V<C> g = r[c] - rounded<C>(r[c]) * r[c];

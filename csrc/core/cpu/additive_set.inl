@@ -15,7 +15,7 @@ template <class S, class C>
 constexpr AdditiveKernels kAdditiveEntry{
     AdditiveForwardPass<S, C>::scratch_bytes,  AdditiveForwardPass<S, C>::run,
     AdditiveBackwardPass<S, C>::scratch_bytes, AdditiveBackwardPass<S, C>::run,
-    AdditiveBackwardPass<S, C>::add,           AdditiveBackwardPass<S, C>::store};
+    AdditiveBackwardPass<S, C>::add,           AdditiveBackwardPass<S, C>::write};
 static constexpr AdditiveTable kAdditiveTable{
     {kAdditiveEntry<float, float>, kAdditiveEntry<double, double>, kAdditiveEntry<bf16, float>,
      kAdditiveEntry<f16, float>}};
