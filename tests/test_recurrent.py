@@ -150,6 +150,31 @@ def test_a_row_has_the_same_bits_in_products_of_many_terms(T: int, dtype, capabi
 
 
 @needs_native
+@pytest.mark.parametrize(("B", "threads"), [(1, 1), (6, 1), (5, 2), (10, 2)])
+@every_mode
+def test_bits_do_not_depend_on_where_the_inputs_lie(mode: str, B: int, threads: int) -> None:
+    """Rows an equal way apart are read in place, others are copied first."""
+    T, I, H = 70, 17, 72
+    x, h0, c0, weights = layer_arguments(mode, T, B, I, H, D=2)
+    wide = torch.full((T, 2 * B, I + 3), torch.nan)
+    wide[:, :B, :I] = x
+    batch_first = x.transpose(0, 1).contiguous().transpose(0, 1)
+    every_second = torch.stack([x, x], 2).flatten(1, 2)[:, ::2]
+    torch.set_num_threads(threads)
+    try:
+        runs = [
+            forward_and_dx(mode, layout, h0[:D], c0 if c0 is None else c0[:D], weights[: 4 * D])
+            for D in (1, 2)
+            for layout in (x, batch_first, wide[:, :B, :I], every_second)
+        ]
+    finally:
+        torch.set_num_threads(1)
+    for same in (runs[:4], runs[4:]):
+        for run in same[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(run, same[0], strict=True))
+
+
+@needs_native
 @every_mode
 def test_a_ragged_row_has_the_bits_it_has_alone(mode: str, capability: str) -> None:
     lengths, I, H = [9, 9, 7, 4, 4, 1], 9, 40

@@ -341,7 +341,8 @@ struct BackwardPass {
   void multiply(int n, int64_t rows, const C* of, int64_t count, C* out, int64_t ld, bool fresh) {
     const int64_t at[1] = {0};
     for (int64_t p = 0; p < count; ++p)
-      tile_rows<C, true>(n, 1, rows, a_tile, n, of + p * W * rows, 0, out + p * W, ld, at, fresh);
+      tile_rows<C, true>(n, 1, rows, a_tile, n, of + p * W * rows, 0, out + p * W, ld, at,
+                         fresh ? nullptr : out + p * W, ld);
   }
 
   // ---- results

@@ -154,9 +154,10 @@ struct Product<bf16, float> {
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t r0 = t * m / tiles, rows = (t + 1) * m / tiles - r0;
         for (int i = 0; i < np; ++i)
-          tile_rows<float, false, PairDot>(
-              int(rows), 1, pairs(w.K), reinterpret_cast<const float*>(a + r0 * lda), lda / 2,
-              reinterpret_cast<const float*>(b + i * size), 0, c + r0 * ldc, ldc, at + i);
+          tile_rows<float, false, PairDot>(int(rows), 1, pairs(w.K),
+                                           reinterpret_cast<const float*>(a + r0 * lda), lda / 2,
+                                           reinterpret_cast<const float*>(b + i * size), 0,
+                                           c + r0 * ldc, ldc, at + i, c + r0 * ldc, ldc);
       }
 #endif
     }

@@ -182,21 +182,54 @@ struct ForwardPass {
                          : base + t * f.x_rows.step + b * f.x_rows.row;
   }
 
+  // How far apart the own rows of x of steps [a, b) lie, where the product can read them as they
+  // are: of its own type, and in the order of the rows of g; else 0.
+  int64_t rows_in_place(int64_t a, int64_t b) const {
+    const int64_t row = share_rows.stride * f.x_rows.row;
+    if (sizeof(S) != sizeof(C) || s.I == 0) return 0;
+    if (b - a == 1) return row;
+    if (d == 1 || (s.batch_sizes && share_rows.stride > 1)) return 0;
+    if (s.batch_sizes) return row;
+    if (s.B == 1) return f.x_rows.step;
+    return f.x_rows.step == s.B * f.x_rows.row && s.B % share_rows.stride == 0 ? row : 0;
+  }
+
   // x W_ih^T + b for the own rows of steps [a, b) and the own units, into g.
   void project_input(int64_t a, int64_t b) {
     int64_t rows = 0;
-    const int64_t at = mine.begin * K::group_width, to = mine.end * K::group_width;
-    for (int64_t i = a; i < b; ++i) {
-      const int64_t t = time(i), n = share_rows.of(s.rows(t));
-      for (int64_t r = 0; r < n; ++r, ++rows) {
-        copy_row<C>(x + rows * ldx, input_row(t, share_rows[r]), s.I, ldx);
-        for (int64_t j = at; j < to; j += L) store<C>(g + rows * ldg + j, load<C>(bias + j));
+    for (int64_t i = a; i < b; ++i) rows += share_rows.of(s.rows(time(i)));
+    const int64_t p0 = mine.begin * K::group_panels, p1 = mine.end * K::group_panels;
+    const bool ready = !pack || chunk_rows < s.N;
+    const Matrix<S, A> w{ready ? ih : nullptr, static_cast<const S*>(f.w[d].w_ih), s.H, s.I};
+    if constexpr (sizeof(S) == sizeof(C)) {
+      if (const int64_t ld = rows_in_place(a, b)) {
+        const S* from = input_row(time(a), share_rows.first);
+        Dot::template gemm<S, M>(rows, from, ld, w, p0, p1, g, ldg, K::ih, panels, false, bias);
+        if (M == Mode::gru) fill_hidden_bias(rows);
+        return;
       }
     }
-    const bool ready = !pack || chunk_rows < s.N;
-    Dot::template gemm<S, M>(
-        rows, x, ldx, {ready ? ih : nullptr, static_cast<const S*>(f.w[d].w_ih), s.H, s.I},
-        mine.begin * K::group_panels, mine.end * K::group_panels, g, ldg, K::ih, panels, false);
+    const int64_t at = mine.begin * K::group_width, to = mine.end * K::group_width;
+    A* row = x;
+    C* out = g;
+    for (int64_t i = a; i < b; ++i) {
+      const int64_t t = time(i), n = share_rows.of(s.rows(t));
+      for (int64_t r = 0; r < n; ++r, row += ldx, out += ldg) {
+        copy_row<C>(row, input_row(t, share_rows[r]), s.I, ldx);
+        for (int64_t j = at; j < to; j += L) store<C>(out + j, load<C>(bias + j));
+      }
+    }
+    Dot::template gemm<S, M>(rows, x, ldx, w, p0, p1, g, ldg, K::ih, panels, false);
+  }
+
+  // b_hn, onto which no product with x is added.
+  void fill_hidden_bias(int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t group = mine.begin; group < mine.end; ++group) {
+        const int64_t at = group * K::group_width + K::hh.at[2];
+        store<C>(g + r * ldg + at, load<C>(bias + at));
+        store<C>(g + r * ldg + at + L, load<C>(bias + at + L));
+      }
   }
 
   void step(int64_t i, C* gate_rows) {

@@ -96,10 +96,10 @@ struct MultiplyAdd {
   SK_INLINE V<C> apply(V<C> acc, V<C> a, V<C> b) { return acc + a * b; }
 };
 
-// C (+)= A B for R rows of A and NP panels; `fresh` overwrites C. A(r, k) is a[r * lda + k], or a[k
-// * R + r] when Transposed. The three rows that share a base pointer reach each other by lda and 2
-// * lda: few enough address registers for twelve rows, which the empty asm keeps the compiler from
-// undoing.
+// C = F + A B for R rows of A and NP panels. F, at `from` with rows ldf apart, is C itself, one row
+// for all (ldf 0), or nothing (null). A(r, k) is a[r * lda + k], or a[k * R + r] when Transposed.
+// The three rows that share a base pointer reach each other by lda and 2 * lda: few enough address
+// registers for twelve rows, which the empty asm keeps the compiler from undoing.
 //
 // Sums run over blocks of k, each from zero, so that rounding errors grow with the block and the
 // number of blocks instead of with K.
@@ -107,7 +107,7 @@ constexpr int64_t kSumBlock = 64;
 
 template <class C, int R, int NP, bool Transposed, class Step>
 static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_stride, C* c,
-                 int64_t ldc, const int64_t* at, bool fresh) {
+                 int64_t ldc, const int64_t* at, const C* from, int64_t ldf) {
   constexpr int L = kLanes<C>, W = kPanel<C>, bases = (R + 2) / 3;
   V<C> acc[R][2 * NP];
   const C* row[bases];
@@ -162,10 +162,12 @@ static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_s
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < 2 * NP; ++v) {
-        C* to = c + r * ldc + at[v / 2] + (v % 2) * L;
-        store<C>(to, fresh ? acc[r][v] : load<C>(to) + acc[r][v]);
+        const int64_t column = at[v / 2] + (v % 2) * L;
+        if (from) acc[r][v] = load<C>(from + r * ldf + column) + acc[r][v];
+        store<C>(c + r * ldc + column, acc[r][v]);
       }
-    fresh = false;
+    from = c;
+    ldf = ldc;
   }
 }
 
@@ -180,23 +182,23 @@ constexpr int panels_for() {  // panels that fill the accumulators, at most 4
 // one panel at a time.
 template <class C, bool Transposed, class Step = MultiplyAdd<C>, int R = 1>
 static void tile_rows(int rows, int panels, int64_t K, const C* a, int64_t lda, const C* b,
-                      int64_t panel_stride, C* c, int64_t ldc, const int64_t* at,
-                      bool fresh = false) {
+                      int64_t panel_stride, C* c, int64_t ldc, const int64_t* at, const C* from,
+                      int64_t ldf) {
   if constexpr (R <= kTileRows) {
     if (rows != R)
       return tile_rows<C, Transposed, Step, R + 1>(rows, panels, K, a, lda, b, panel_stride, c, ldc,
-                                                   at, fresh);
+                                                   at, from, ldf);
     constexpr int most = Transposed ? 1 : panels_for<R>();
     if (panels == 1)
-      return tile<C, R, 1, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, fresh);
+      return tile<C, R, 1, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, from, ldf);
     if constexpr (most >= 2)
       if (panels == 2)
-        return tile<C, R, 2, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, fresh);
+        return tile<C, R, 2, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, from, ldf);
     if constexpr (most >= 3)
       if (panels == 3)
-        return tile<C, R, 3, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, fresh);
+        return tile<C, R, 3, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, from, ldf);
     if constexpr (most >= 4)
-      tile<C, R, 4, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, fresh);
+      tile<C, R, 4, Transposed, Step>(K, a, lda, b, panel_stride, c, ldc, at, from, ldf);
   }
 }
 
@@ -258,7 +260,7 @@ struct Product<C, C> {
   // product.
   template <class S, int R>
   static void stream_vector(const C* a, int64_t lda, const S* w, int64_t K, int64_t count, C* c,
-                            int64_t ldc) {
+                            int64_t ldc, const C* from, int64_t ldf) {
     constexpr int L = kLanes<C>;
     for (int64_t k0 = 0; k0 < K; k0 += kSumBlock) {
       const int64_t end = min_(k0 + kSumBlock, K);
@@ -286,33 +288,40 @@ struct Product<C, C> {
           for (int q = 0; q < R; ++q)
             acc[q] = MultiplyAdd<C>::apply(acc[q], splat(a[q * lda + k + l]), r[l]);
       }
-      for (int q = 0; q < R; ++q) store<C>(c + q * ldc, load<C>(c + q * ldc) + acc[q]);
+      for (int q = 0; q < R; ++q) store<C>(c + q * ldc, load<C>(from + q * ldf) + acc[q]);
+      from = c;
+      ldf = ldc;
     }
   }
 
   template <class S, Mode M, int R = 1>
   static void stream(int64_t m, const C* a, int64_t lda, const Matrix<S, C>& w, int64_t p0,
-                     int64_t p1, C* c, int64_t ldc, const Columns& columns) {
+                     int64_t p1, C* c, int64_t ldc, const Columns& columns, const C* from,
+                     int64_t ldf) {
     if constexpr (R < kStreamRows)
-      if (m != R) return stream<S, M, R + 1>(m, a, lda, w, p0, p1, c, ldc, columns);
+      if (m != R) return stream<S, M, R + 1>(m, a, lda, w, p0, p1, c, ldc, columns, from, ldf);
     for (int64_t p = p0; p < p1; ++p)
       for (int half = 0; half < 2; ++half) {
         const VectorRows rows = gate_rows<M>(2 * p + half, w.rows, kLanes<C>);
-        stream_vector<S, R>(a, lda, w.raw + rows.first * w.K, w.K, rows.count,
-                            c + column_of(columns, p) + half * kLanes<C>, ldc);
+        const int64_t column = column_of(columns, p) + half * kLanes<C>;
+        stream_vector<S, R>(a, lda, w.raw + rows.first * w.K, w.K, rows.count, c + column, ldc,
+                            from + column, ldf);
       }
   }
 
-  // C[m rows][panels p0..p1 by `columns`] += A B. `scratch` holds four panels when the matrix is
-  // not packed. `backwards` walks the panels from the last: every second step of a sequence does,
-  // so that what the cache still holds of the weights is used first.
+  // C[m rows][panels p0..p1 by `columns`] += A B, or = bias + A B, the bias a row in the order of
+  // C. `scratch` holds four panels when the matrix is not packed. `backwards` walks the panels from
+  // the last: every second step of a sequence does, so that what the cache still holds of the
+  // weights is used first.
   template <class S, Mode M>
   static void gemm(int64_t m, const C* a, int64_t lda, const Matrix<S, C>& w, int64_t p0,
                    int64_t p1, C* c, int64_t ldc, const Columns& columns, C* scratch,
-                   bool backwards) {
+                   bool backwards, const C* bias = nullptr) {
     if (m <= 0 || p1 <= p0) return;
+    const C* from = bias ? bias : c;
+    const int64_t ldf = bias ? 0 : ldc;
     if (!w.packed && !w.columns && m <= kStreamRows)
-      return stream<S, M>(m, a, lda, w, p0, p1, c, ldc, columns);
+      return stream<S, M>(m, a, lda, w, p0, p1, c, ldc, columns, from, ldf);
     const Cut cut = cut_of(m, w.K);
     const int64_t size = panel_size(w.K), turns = ceil_div(p1 - p0, cut.panels);
     for (int64_t turn = 0; turn < turns; ++turn) {
@@ -332,8 +341,10 @@ struct Product<C, C> {
       for (int64_t k = 0; k < w.K; k += cut.k)
         for (int64_t t = 0; t < cut.tiles; ++t) {
           const int64_t r0 = t * m / cut.tiles, rows = (t + 1) * m / cut.tiles - r0;
+          C* to = c + r0 * ldc;
           tile_rows<C, false>(int(rows), np, min_(cut.k, w.K - k), a + r0 * lda + k, lda,
-                              b + k * kPanel<C>, size, c + r0 * ldc, ldc, at);
+                              b + k * kPanel<C>, size, to, ldc, at, k ? to : from + r0 * ldf,
+                              k ? ldc : ldf);
         }
     }
   }
