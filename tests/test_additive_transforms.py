@@ -118,3 +118,26 @@ def test_autocast_takes_parameters_in_float32() -> None:
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in grads)
     with pytest.raises(ValueError, match="key must have the dtype of query"):
         seqkern.additive_attention(half, key, value, v)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_padding_is_not_read_by_other_derivatives_either() -> None:
+    """Second and forward-mode ones, which come from the reference's operations."""
+    query, key, value, v = inputs_of(grad=False)
+    k_lens = torch.tensor([5, 2])
+    beyond = (torch.arange(5) >= k_lens.unsqueeze(1)).unsqueeze(-1)
+    spoilt = key.masked_fill(beyond, torch.nan), value.masked_fill(beyond, torch.nan)
+    directions = [torch.randn_like(query), torch.randn_like(v)]
+    found = []
+    for keys, values in ((key, value), spoilt):
+
+        def penalty(query, v, keys=keys, values=values):
+            o, weights, lse = attend(query, keys, values, v, k_lens=k_lens)
+            return o.square().sum() + weights.square().sum() + lse.sin().sum()
+
+        _, tangent = torch.func.jvp(penalty, (query, v), tuple(directions))
+        leaves = [query.clone().requires_grad_(), v.clone().requires_grad_()]
+        grads = torch.autograd.grad(penalty(*leaves), leaves, create_graph=True)
+        second = torch.autograd.grad(grads, leaves, directions)
+        found.append([tangent, *second])
+    assert_close(*found)
