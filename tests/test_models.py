@@ -56,11 +56,14 @@ def by_hand(model, x, y_previous):
     s = torch.tanh(p["init_s.weight"] @ h[0, H:] + p["init_s.bias"])
     scores = []
     for y in y_previous:
-        w_s = p["attention.w.weight"] @ s + p["attention.w.bias"]
-        e = [p["attention.v"] @ torch.tanh(w_s + p["attention.u.weight"] @ h_j) for h_j in h]
+        w_s = p["decoder.attention.w.weight"] @ s + p["decoder.attention.w.bias"]
+        e = [
+            p["decoder.attention.v"] @ torch.tanh(w_s + p["decoder.attention.u.weight"] @ h_j)
+            for h_j in h
+        ]
         a = torch.stack(e).exp() / torch.stack(e).exp().sum()
         c = sum(a_j * h_j for a_j, h_j in zip(a, h, strict=True))
-        s = gru(torch.cat([p["embed_y.weight"][y], c]), s, "decoder", "")
+        s = gru(torch.cat([p["embed_y.weight"][y], c]), s, "decoder.cell", "")
         u = p["readout.weight"] @ torch.cat([s, p["embed_y.weight"][y], c]) + p["readout.bias"]
         t = torch.stack([torch.max(u[k], u[k + 1]) for k in range(0, len(u), 2)])
         scores.append(p["output.weight"] @ t + p["output.bias"])

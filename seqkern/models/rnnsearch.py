@@ -15,16 +15,17 @@ Source x_1 .. x_Tx, target y_1 .. y_Ty, both sequences of symbols. In the paper'
 The numbers are the paper's equations and appendices. Deliberate differences: the recurrent layers
 are PyTorch's reset-after GRU, of which the encoder may have several; s_i has H units and each
 direction of the encoder H / 2, so h_j has H too; and the read-out sees s_i as equation (4) says,
-where the appendix writes s_{i-1}.
+where the appendix writes s_{i-1}. For e_ij the scores of Luong, Pham and Manning (2015, section
+3.1) can stand, of the same s_{i-1}: "dot", s_{i-1} . h_j, and "general", s_{i-1} . W_a h_j.
 
 What does not depend on s_{i-1} is computed outside the loop over i: U_a h_j once per source, and
-in training the whole read-out once for all steps.
+in training the whole read-out once for all steps. On seqkern's layers the loop over i, equations
+(A.1.2), (6), (5) and the GRU, is one call of seqkern.attention_decoder.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import seqkern.nn
 
 LAYERS = ("seqkern", "torch")
+SCORES = ("additive", "dot", "general")
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,13 @@ class RNNSearchConfig:
     encoder_layers: int = 2
     dropout: float = 0.0
     pad: int = 0
+    score: str = "additive"
 
     def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {SCORES}, got {self.score!r}")
         for name, value in vars(self).items():
-            if name not in ("dropout", "pad") and value < 1:
+            if name not in ("dropout", "pad", "score") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.hidden % 2:
             raise ValueError(f"hidden must be even, half for each direction, got {self.hidden}")
@@ -63,12 +68,12 @@ class RNNSearchConfig:
 class Memory(NamedTuple):
     """What the decoder reads of a source.
 
-    h: annotations (B, Tx, H); u_h: U_a h_j (B, Tx, A); padding: (B, Tx) bool, True past the end.
+    h: annotations (B, Tx, H); u_h: U_a h_j (B, Tx, A); lengths: (B,) int32, positions that exist.
     """
 
     h: Tensor
     u_h: Tensor
-    padding: Tensor
+    lengths: Tensor
 
 
 class Step(NamedTuple):
@@ -79,29 +84,84 @@ class Step(NamedTuple):
     alignment: Tensor
 
 
-def _layer_module(layers: str) -> ModuleType:
-    if layers not in LAYERS:
-        raise ValueError(f"layers must be one of {LAYERS}, got {layers!r}")
-    return seqkern.nn if layers == "seqkern" else torch.nn
+class PlainAttention(nn.Module):
+    """e_ij, (6) and (5) in plain PyTorch; the parameters of seqkern.nn's attentions."""
 
-
-class AdditiveAttention(nn.Module):
-    """e_ij = v_a . tanh(W_a s_{i-1} + U_a h_j), softmax over j, c_i = sum_j a_ij h_j."""
-
-    def __init__(self, state: int, annotation: int, size: int) -> None:
+    def __init__(self, score: str, state: int, annotation: int, size: int) -> None:
         super().__init__()
-        self.w = nn.Linear(state, size)
-        self.u = nn.Linear(annotation, size, bias=False)
-        self.v = nn.Parameter(torch.empty(size))
-        nn.init.uniform_(self.v, -(size**-0.5), size**-0.5)
+        self.score = score
+        if score == "additive":
+            self.w = nn.Linear(state, size)
+            self.u = nn.Linear(annotation, size, bias=False)
+            self.v = nn.Parameter(torch.empty(size))
+            nn.init.uniform_(self.v, -(size**-0.5), size**-0.5)
+        else:
+            general = score == "general"
+            self.u = nn.Linear(annotation, state, bias=False) if general else nn.Identity()
 
-    def forward(self, s: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    def forward(self, s: Tensor, h: Tensor, u_h: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """s (B, K, H): K states per source, read together. Returns c (B, K, H), a (B, K, Tx)."""
-        # (B, K, 1, A) + (B, 1, Tx, A): the source is never copied K times
-        e = torch.tanh(self.w(s).unsqueeze(2) + memory.u_h.unsqueeze(1)) @ self.v
+        if self.score == "additive":
+            # (B, K, 1, A) + (B, 1, Tx, A): the source is never copied K times
+            e = torch.tanh(self.w(s).unsqueeze(2) + u_h.unsqueeze(1)) @ self.v
+        else:
+            e = s @ u_h.mT
         # every source has at least one symbol (encode checks it), so no row is all -inf
-        a = e.masked_fill(memory.padding.unsqueeze(1), float("-inf")).softmax(-1)
-        return a @ memory.h, a
+        a = e.masked_fill(padding.unsqueeze(1), float("-inf")).softmax(-1)
+        return a @ h, a
+
+
+class PlainDecoder(nn.Module):
+    """The loop over i on torch.nn; called like seqkern.nn.AttentionDecoder."""
+
+    def __init__(self, cell: nn.GRUCell, attention: PlainAttention) -> None:
+        super().__init__()
+        self.cell, self.attention = cell, attention
+
+    def forward(
+        self, x: Tensor, state: Tensor, key: Tensor, *, k_lens: Tensor, u_key: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (N, T, D), state (N, H), key (B, Tx, H), N = B*K: all s_i, c_i and a_i, and s_T."""
+        padding = torch.arange(key.size(1), device=key.device) >= k_lens[:, None]
+        steps = []
+        for x_i in x.unbind(1):
+            state, c, a = self._step(x_i, state, key, u_key, padding)
+            steps.append((state, c, a))
+        s, contexts, alignments = (torch.stack(t, 1) for t in zip(*steps, strict=True))
+        return s, contexts, alignments, state
+
+    def step(
+        self, x: Tensor, state: Tensor, key: Tensor, *, k_lens: Tensor, u_key: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, D): s_i (N, H), c_i (N, H) and a_i (N, Tx)."""
+        padding = torch.arange(key.size(1), device=key.device) >= k_lens[:, None]
+        return self._step(x, state, key, u_key, padding)
+
+    def _step(self, x: Tensor, s: Tensor, h: Tensor, u_h: Tensor, padding: Tensor):
+        c, a = self.attention(s.unflatten(0, (h.size(0), -1)), h, u_h, padding)
+        c = c.flatten(0, 1)
+        return self.cell(torch.cat([x, c], -1), s), c, a.flatten(0, 1)
+
+
+def _encoder(layers: str, config: RNNSearchConfig) -> nn.GRU:
+    gru = seqkern.nn.GRU if layers == "seqkern" else nn.GRU
+    n = config.encoder_layers
+    between = config.dropout if n > 1 else 0.0
+    return gru(config.embedding, config.hidden // 2, n, bidirectional=True, dropout=between)
+
+
+def _decoder(layers: str, config: RNNSearchConfig) -> PlainDecoder | seqkern.nn.AttentionDecoder:
+    D, H, A = config.embedding, config.hidden, config.attention
+    if layers == "torch":
+        attention = PlainAttention(config.score, H, H, A)
+        return PlainDecoder(nn.GRUCell(D + H, H), attention)
+    kinds = {
+        "additive": lambda: seqkern.nn.AdditiveAttention(H, H, A),
+        "dot": seqkern.nn.DotAttention,
+        "general": lambda: seqkern.nn.GeneralAttention(H, H),
+    }
+    attention = kinds[config.score]()
+    return seqkern.nn.AttentionDecoder(seqkern.nn.GRUCell(D + H, H), attention)
 
 
 class RNNSearch(nn.Module):
@@ -109,25 +169,22 @@ class RNNSearch(nn.Module):
 
     Args:
         config: sizes.
-        layers: "seqkern" or "torch", where the encoder's GRU and the decoder's GRUCell come from.
-            Parameters have the same names and, under the same seed, the same values in both, so
-            one state_dict serves either.
+        layers: "seqkern" or "torch", where the encoder's GRU and the decoder, its GRUCell and its
+            attention, come from. Parameters have the same names and, under the same seed, the
+            same values in both, so one state_dict serves either.
     """
 
     def __init__(self, config: RNNSearchConfig, layers: str = "seqkern") -> None:
         super().__init__()
-        rnn = _layer_module(layers)
+        if layers not in LAYERS:
+            raise ValueError(f"layers must be one of {LAYERS}, got {layers!r}")
         self.config, self.layers = config, layers
         D, H = config.embedding, config.hidden
         self.embed_x = nn.Embedding(config.source_symbols, D, padding_idx=config.pad)
         self.embed_y = nn.Embedding(config.target_symbols, D, padding_idx=config.pad)
-        between = config.dropout if config.encoder_layers > 1 else 0.0
-        self.encoder = rnn.GRU(
-            D, H // 2, config.encoder_layers, bidirectional=True, dropout=between
-        )
+        self.encoder = _encoder(layers, config)
         self.init_s = nn.Linear(H // 2, H)
-        self.attention = AdditiveAttention(H, H, config.attention)
-        self.decoder = rnn.GRUCell(D + H, H)
+        self.decoder = _decoder(layers, config)
         self.readout = nn.Linear(H + D + H, 2 * config.maxout)  # [U_o V_o C_o]
         self.output = nn.Linear(config.maxout, config.target_symbols)
         self.dropout = nn.Dropout(config.dropout)
@@ -148,35 +205,36 @@ class RNNSearch(nn.Module):
             raise ValueError(
                 f"encode: lengths must be in 1 .. {x.size(1)}, got {shortest} .. {longest}"
             )
-        packed = pack_padded_sequence(
-            self.dropout(self.embed_x(x)), lengths.cpu(), batch_first=True, enforce_sorted=False
-        )
-        annotations, h_n = self.encoder(packed)
+        # The symbols are packed, not their embeddings: what pads them has none.
+        symbols = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        e_x = symbols._replace(data=self.dropout(self.embed_x(symbols.data)))
+        annotations, h_n = self.encoder(e_x)
         h, _ = pad_packed_sequence(annotations, batch_first=True, total_length=x.size(1))
-        padding = torch.arange(x.size(1), device=x.device) >= lengths.to(x.device)[:, None]
         s_0 = torch.tanh(self.init_s(h_n[-1]))  # the last layer's backward state at j = 1
-        return Memory(h, self.attention.u(h), padding), s_0
+        u_h = self.decoder.attention.u(h)
+        return Memory(h, u_h, lengths.to(x.device, torch.int32)), s_0
 
     def forward(self, x: Tensor, lengths: Tensor, y_previous: Tensor) -> Tensor:
         """Teacher forcing. x (B, Tx), lengths (B,), y_previous (B, Ty) = y_0 .. y_{Ty-1}.
 
         Returns the unnormalised scores of y_1 .. y_Ty, (B, Ty, V).
         """
-        memory, s = self.encode(x, lengths)
+        memory, s_0 = self.encode(x, lengths)
         e_y = self.dropout(self.embed_y(y_previous))  # (B, Ty, D)
-        states, contexts = [], []
-        for e_y_i in e_y.unbind(1):
-            c = self.attention(s.unsqueeze(1), memory)[0].squeeze(1)
-            s = self.decoder(torch.cat([e_y_i, c], -1), s)
-            states.append(s)
-            contexts.append(c)
-        return self._read_out(torch.stack(states, 1), e_y, torch.stack(contexts, 1))
+        s, c, _, _ = self.decoder(e_y, s_0, memory.h, k_lens=memory.lengths, u_key=memory.u_h)
+        return self._read_out(s, e_y, c)
 
     def step(self, y: Tensor, s: Tensor, memory: Memory) -> Step:
         """One step of decoding: y (B, K) = y_{i-1}, s (B, K, H) = s_{i-1}, K hypotheses each."""
-        c, alignment = self.attention(s, memory)
         e_y = self.embed_y(y)
-        s = self.decoder(torch.cat([e_y, c], -1).flatten(0, 1), s.flatten(0, 1)).view_as(s)
+        of_rows = self.decoder.step(
+            e_y.flatten(0, 1),
+            s.flatten(0, 1),
+            memory.h,
+            k_lens=memory.lengths,
+            u_key=memory.u_h,
+        )
+        s, c, alignment = (t.unflatten(0, y.shape) for t in of_rows)
         return Step(self._read_out(s, e_y, c).log_softmax(-1), s, alignment)
 
     def _read_out(self, s: Tensor, e_y: Tensor, c: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from seqkern.nn.attention import MultiheadAttention as MultiheadAttention
 from seqkern.nn.cells import GRUCell as GRUCell
 from seqkern.nn.cells import LSTMCell as LSTMCell
 from seqkern.nn.cells import RNNCell as RNNCell
+from seqkern.nn.decoder import AttentionDecoder as AttentionDecoder
 from seqkern.nn.rnn import GRU as GRU
 from seqkern.nn.rnn import LSTM as LSTM
 from seqkern.nn.rnn import RNN as RNN
@@ -25,6 +26,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "AdditiveAttention",
+    "AttentionDecoder",
     "DotAttention",
     "GRUCell",
     "GeneralAttention",

@@ -1,0 +1,130 @@
+"""AttentionDecoder: a recurrent cell that attends to a source before each of its steps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqkern.nn.additive import AdditiveAttention, DotAttention, GeneralAttention
+from seqkern.ops.additive import _normalized
+from seqkern.ops.decoder import attention_decoder
+
+State = Any  # (N, H), or for LSTMCell a pair of them
+
+
+class AttentionDecoder(nn.Module):
+    """An attending recurrent decoder over whole sequences, or one step of it::
+
+        c_i = attention(s_{i-1}, key, value)
+        s_i = cell([x_i ; c_i], s_{i-1})
+
+    (Bahdanau, Cho and Bengio 2015, appendix A.2.2). With ``AdditiveAttention`` all steps are one
+    call of ``seqkern.attention_decoder``; with Luong's scores they run one after another.
+
+    Args:
+        cell: ``GRUCell``, ``LSTMCell`` or ``RNNCell`` of ``seqkern.nn`` or ``torch.nn``, whose
+            input_size is I + C: features of x and of a value.
+        attention: ``AdditiveAttention``, ``DotAttention`` or ``GeneralAttention``, whose
+            query_size is the cell's hidden_size.
+
+    Parameters: those of ``cell.`` and ``attention.``.
+
+    Raises:
+        TypeError: ``cell`` or ``attention`` is none of these.
+        ValueError: the attention's query_size is not the cell's hidden_size.
+    """
+
+    def __init__(self, cell: nn.RNNCellBase, attention: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(cell, nn.GRUCell | nn.LSTMCell | nn.RNNCell):
+            raise TypeError(
+                "AttentionDecoder: cell must be a GRUCell, LSTMCell or RNNCell, got "
+                f"{type(cell).__name__}"
+            )
+        if not isinstance(attention, AdditiveAttention | DotAttention | GeneralAttention):
+            raise TypeError(
+                "AttentionDecoder: attention must be an AdditiveAttention, DotAttention or "
+                f"GeneralAttention, got {type(attention).__name__}"
+            )
+        if attention.query_size not in (None, cell.hidden_size):
+            raise ValueError(
+                "AttentionDecoder: attention must have query_size = hidden_size = "
+                f"{cell.hidden_size} of cell, got {attention.query_size}"
+            )
+        self.cell, self.attention = cell, attention
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        k_lens: Tensor | None = None,
+        u_key: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, State]:
+        """All steps.
+
+        Args:
+            x: (N, T, I), T >= 1; row n of N = B*K reads source n // K.
+            state: before the first step, (N, H); for LSTMCell the pair (h, c) of them.
+            key: (B, Tk, key_size).
+            value: (B, Tk, C); the keys themselves if None.
+            k_lens: (B,) int32 or int64, how many of the Tk are real.
+            u_key: ``self.attention.u(key)`` where it was computed before.
+
+        Returns:
+            s (N, T, H), contexts (N, T, C), weights (N, T, Tk), and the state after the last step.
+
+        Raises:
+            TypeError: an argument is of the wrong type.
+            ValueError: a size, dtype or device does not match; the message names it.
+        """
+        value = key if value is None else value
+        attend, cell = self.attention, self.cell
+        projected = attend.u(key) if u_key is None else u_key
+        if isinstance(attend, AdditiveAttention):
+            weights = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+            v = attend.v if attend.g is None else _normalized(attend.v, attend.g)
+            return attention_decoder(
+                x,
+                state,
+                projected,
+                value,
+                (attend.w.weight, attend.w.bias, v),
+                weights,
+                mode=self._mode(),
+                k_lens=k_lens,
+            )
+        steps = []
+        for x_i in x.unbind(1):
+            s = state[0] if isinstance(state, tuple) else state
+            query = s.unflatten(0, (key.size(0), -1))
+            c, a = attend(query, key, value, k_lens=k_lens, u_key=projected, need_weights=True)
+            c = c.flatten(0, 1)
+            state = cell(torch.cat([x_i, c], -1), state)
+            steps.append((state[0] if isinstance(state, tuple) else state, c, a.flatten(0, 1)))
+        s, contexts, weights = (torch.stack(t, 1) for t in zip(*steps, strict=True))
+        return s, contexts, weights, state
+
+    def step(
+        self,
+        x: Tensor,
+        state: State,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        k_lens: Tensor | None = None,
+        u_key: Tensor | None = None,
+    ) -> tuple[State, Tensor, Tensor]:
+        """One step: x (N, I), the rest as in `forward`. Returns the state, the context (N, C) and
+        the weights (N, Tk)."""
+        _, contexts, weights, state = self(
+            x.unsqueeze(1), state, key, value, k_lens=k_lens, u_key=u_key
+        )
+        return state, contexts.squeeze(1), weights.squeeze(1)
+
+    def _mode(self) -> str:
+        if isinstance(self.cell, nn.RNNCell):
+            return f"RNN_{self.cell.nonlinearity.upper()}"
+        return "LSTM" if isinstance(self.cell, nn.LSTMCell) else "GRU"
