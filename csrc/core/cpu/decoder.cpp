@@ -21,48 +21,70 @@ const DecoderKernels& kernels_of(const Decoder& a) {
   return decoder_portable().of[type][mode];
 }
 
+// A workspace up to this size is kept by its thread for the next call.
+constexpr int64_t kKeptBytes = 16 << 20;
+
 using Block = std::unique_ptr<char, decltype(&std::free)>;
 
 Block allocate(int64_t bytes) {
-  void* p = std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64));
+  void* p = std::aligned_alloc(4096, size_t((bytes + 4095) / 4096 * 4096));
   if (bytes > 0 && !p) throw std::bad_alloc();
   return {static_cast<char*>(p), &std::free};
 }
 
-// Both parts of a pass; returns the shared workspace. Every thread goes through whole sources.
-template <class Call>
-Block run(const DecoderPass<Call>& pass, const Call& call) {
+// `bytes` of the calling thread's, kept between calls while they are few; else in `own`.
+char* workspace(int64_t bytes, Block& own) {
+  static thread_local Block kept(nullptr, &std::free);
+  static thread_local int64_t kept_bytes = 0;
+  if (bytes > kKeptBytes) {
+    own = allocate(bytes);
+    return own.get();
+  }
+  if (bytes > kept_bytes) {
+    kept_bytes = 0;
+    kept.reset();
+    kept = allocate(bytes);
+    kept_bytes = bytes;
+  }
+  return kept.get();
+}
+
+// Both parts of a pass, then `finish` on the shared workspace. Every thread goes through whole
+// sources.
+template <class Call, class Finish>
+void run(const DecoderPass<Call>& pass, const Call& call, Finish finish) {
   const Decoder& a = call.in;
   const Workspace bytes = pass.workspace(call);
   int threads = a.threads < 1 || omp_in_parallel() ? 1 : a.threads;
   if (a.B < threads) threads = int(a.B < 1 ? 1 : a.B);
-  Block shared = allocate(bytes.shared);
-  const Block scratch = allocate(threads * bytes.scratch);
+  Block own(nullptr, &std::free);
+  char* const shared = workspace(bytes.shared + threads * bytes.scratch, own);
+  char* const scratch = shared + bytes.shared;
   if (threads == 1) {
-    pass.prepare(call, 0, 1, shared.get());
-    pass.run(call, 0, a.B, shared.get(), scratch.get());
-    return shared;
+    pass.prepare(call, 0, 1, shared);
+    pass.run(call, 0, a.B, shared, scratch);
+    return finish(shared);
   }
 #pragma omp parallel num_threads(threads)
   {
     // The runtime may give fewer threads than were asked for.
     const int64_t all = omp_get_num_threads(), me = omp_get_thread_num();
-    pass.prepare(call, me, all, shared.get());
+    pass.prepare(call, me, all, shared);
 #pragma omp barrier
-    pass.run(call, a.B * me / all, a.B * (me + 1) / all, shared.get(),
-             scratch.get() + me * bytes.scratch);
+    pass.run(call, a.B * me / all, a.B * (me + 1) / all, shared, scratch + me * bytes.scratch);
   }
-  return shared;
+  finish(shared);
 }
 
 }  // namespace
 
-void decoder_forward(const DecoderForward& f) { run(kernels_of(f.in).forward, f); }
+void decoder_forward(const DecoderForward& f) {
+  run(kernels_of(f.in).forward, f, [](char*) {});
+}
 
 void decoder_backward(const DecoderBackward& b) {
   const DecoderKernels& kernels = kernels_of(b.in);
-  const Block shared = run(kernels.backward, b);
-  kernels.finish(b, shared.get());
+  run(kernels.backward, b, [&](char* shared) { kernels.finish(b, shared); });
 }
 
 }  // namespace seqkern
