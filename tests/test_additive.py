@@ -230,6 +230,23 @@ def test_nan_of_a_key_stays_in_its_element(kernel: str) -> None:
     assert results[0][1].isnan().all()
 
 
+@every_kernel
+@pytest.mark.parametrize("form", ["bool", "float"])
+def test_nan_that_a_mask_excludes(kernel: str, form: str) -> None:
+    """A key that takes no part for any query is not seen, whatever it holds."""
+    inputs = inputs_of(grad=False)
+    mask = torch.tensor([True, True, False, True, True])
+    if form == "float":
+        mask = torch.zeros(5, dtype=F64).masked_fill(~mask, -torch.inf)
+    mask = mask.view(1, 1, 5)
+    grads = [torch.randn(2, 3, n, dtype=F64) for n in (4, 5)] + [torch.randn(2, 3, dtype=F64)]
+    clean, clean_grads = run(kernel, inputs, grads, mask=mask)
+    inputs[1] = inputs[1].clone()
+    inputs[1][:, 2] = torch.nan
+    results, derived = run(kernel, inputs, grads, mask=mask)
+    assert_close((*results, *derived), (*clean, *clean_grads))
+
+
 def test_a_mask_of_one_row_is_not_copied_for_the_batch() -> None:
     """Its gradient is the sum over what it was broadcast to, in its own shape and dtype."""
     inputs = inputs_of(dtype=torch.bfloat16)
@@ -279,6 +296,24 @@ def test_peak_memory(direction: str) -> None:
     scores = 2048 * 2048 * 4
     native = has_native_kernel("additive_attention", "cpu")
     assert int(done.stdout) < (scores / 2 if native else scores * 48 / 8)
+
+
+@pytest.mark.parametrize("shape", [(2, 11, 5), (1, 11, 1), (2, 1, 5)])
+def test_the_reference_takes_queries_in_blocks(monkeypatch, shape: tuple) -> None:
+    """Blocks of some of the queries give what all of them at once give."""
+    query, key, value, v = inputs_of(Tq=11, grad=False)
+    mask, bias = torch.rand(shape) > 0.3, draw(*shape, grad=False)
+    args = query, key, value, v, mask, bias, torch.tensor([5, 3]), 0.7
+    do, dweights, dlse = draw(2, 11, 4), draw(2, 11, 5), draw(2, 11)
+    runs = []
+    for elements in (2**20, 2 * 5 * 7 * 4, 1):
+        monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", elements)
+        o, weights, lse = reference.additive_attention(*args, True)
+        grads = do, dweights, dlse, o, lse
+        derived = reference.additive_attention_backward(*grads, *args, *[True] * 5)
+        runs.append([o, weights, lse, *derived])
+    assert_close(runs[1], runs[0])
+    assert_close(runs[2], runs[0])
 
 
 # ---- which kernel -------------------------------------------------------------------------
