@@ -1,0 +1,77 @@
+"""Launch choices of the additive attention kernels: data, found by compiling ahead of time."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+
+# The widest key and value: offsets within a row of exponentials have 32 bits.
+MAX_WIDTH = 2**16
+
+
+@dataclass(frozen=True)
+class Config:
+    """How to launch one kernel.
+
+    Attributes:
+        block_m: rows of a tile; it has 32 num_warps columns, see additive_tile.
+        num_warps: of the program.
+        block_c: elements of a value that a product takes at a time.
+        ptx: whether reciprocals are the one instruction that NVIDIA's GPUs have for them.
+        tanh: "shared" takes one reciprocal for two elements, "single" one for each, and
+            "hardware" the instruction tanh.approx of NVIDIA's GPUs, in the forward alone.
+    """
+
+    block_m: int = 16
+    num_warps: int = 4
+    block_c: int = 64
+    ptx: bool = True
+    tanh: str = "shared"
+
+    @property
+    def block_n(self) -> int:
+        return 32 * self.num_warps
+
+
+# Of every target: the tiles are what gives the layout that additive_tile describes, and what is
+# left to choose is how much of the products with values a thread unrolls.
+HALF = {
+    "forward": Config(block_c=32),  # 236 registers on sm_89, 241 on sm_90
+    "queries": Config(block_c=32),  # 228 on sm_90, 255 on sm_80
+    "keys": Config(block_c=16),  # 255 on sm_80; parts of 32 spill 136 bytes there
+}
+# A product of fp32 is made of fused multiply-adds, of which a thread unrolls the more.
+FULL = {
+    "forward": Config(block_c=16),  # 128 registers and 52 bytes on sm_90; parts of 32 spill 844
+    "queries": Config(block_c=16),  # 238; parts of 32 spill 136 bytes
+    "keys": Config(block_c=16),  # 255 and 24 bytes, the least; parts of 32 spill 1316
+}
+
+
+def choose(kernel: str, dtype: torch.dtype, target: tuple[str, int | str] | None = None) -> Config:
+    """The launch choice for a kernel.
+
+    Args:
+        kernel: "forward", "queries" (gradients of queries and v, of the bias, and row sums) or
+            "keys" (gradients of keys and values).
+        dtype: of the tensors.
+        target: as Triton names it, ("cuda", 90) or ("hip", "gfx942"); None asks the active driver.
+
+    Raises:
+        ValueError: a GPU before compute capability 8.0.
+    """
+    if target is None:
+        driver: Any = triton.runtime.driver
+        active = driver.active.get_current_target()
+        target = active.backend, active.arch
+    backend, arch = target
+    rows = FULL if dtype == torch.float32 else HALF
+    if backend != "cuda" or isinstance(arch, str):
+        return replace(rows[kernel], ptx=False)
+    if arch < 80:
+        raise ValueError(
+            "additive_attention: the device must be of compute capability 8.0 or later, "
+            f"got {arch / 10}"
+        )
+    return rows[kernel]

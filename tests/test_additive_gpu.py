@@ -1,0 +1,159 @@
+"""The additive attention kernels on a GPU: every case against the reference, and what only fits
+there."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import seqkern
+from seqkern.testing import assert_matches_reference, cotangents, named
+from seqkern.testing.additive import additive_case, additive_cases
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+WIDE = [
+    additive_case("wide", B=2, Tq=20, Tk=150, D=1000, Dv=1024, lens=(150, 77), weights=True),
+    additive_case("wider", B=1, Tq=3, Tk=40, D=24, Dv=1500),
+    additive_case("step-long", B=2, Tq=1, Tk=3000, D=256, Dv=512, lens=(3000, 1111)),
+    additive_case("tiles", B=3, Tq=65, Tk=257, D=129, Dv=100, bias=(1, 65, 257), weights=True),
+]
+CASES = additive_cases() + WIDE
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_values_and_gradients(case, dtype: torch.dtype) -> None:
+    inputs = [t.cuda().requires_grad_() for t in case.tensors(dtype)]
+    out = case.op(*inputs)
+    grads = cotangents(out, dtype)
+    actual = named(out, torch.autograd.grad(out, inputs, grads))
+    assert_matches_reference(case, actual, inputs, grads, dtype)
+
+
+@every_case
+def test_same_bits_again_and_no_uninitialised_memory(case) -> None:
+    runs = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            inputs = [t.cuda().requires_grad_() for t in case.tensors(torch.bfloat16)]
+            out = case.op(*inputs)
+            grads = cotangents(out, torch.bfloat16)
+            runs.append([*out, *torch.autograd.grad(out, inputs, grads)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not any(t.isnan().any() for t in runs[0])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.small], ids=lambda case: case.name)
+def test_opcheck(case) -> None:
+    for op, args in case.raw(tuple(t.cuda().requires_grad_() for t in case.tensors(torch.float32))):
+        torch.library.opcheck(op, args)
+
+
+def inputs_of(B: int, Tq: int, Tk: int, D: int, Dv: int, dtype=torch.bfloat16) -> list[Tensor]:
+    """query, key, value and v."""
+    shapes = (B, Tq, D), (B, Tk, D), (B, Tk, Dv), (D,)
+    made = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
+    made[3] *= D**-0.5
+    return [t.requires_grad_() for t in made]
+
+
+@pytest.mark.parametrize("Tq", [1, 33])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend: str, Tq: int) -> None:
+    inputs = inputs_of(2, Tq, 129, 64, 40)
+    lens = torch.tensor([129, 40], device="cuda", dtype=torch.int32)
+
+    def attend(query, key, value, v, lens):
+        return seqkern.additive_attention(query, key, value, v, k_lens=lens).float().sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=backend)
+    expected, grads = (
+        torch.autograd.grad(run(*inputs, lens), inputs) for run in (attend, compiled)
+    )
+    torch.testing.assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("Tq", [1, 20])
+def test_cuda_graph(Tq: int) -> None:
+    """Lengths are read on the device: a captured graph follows them, and nothing synchronises."""
+    inputs = inputs_of(2, Tq, 200, 64, 64)
+    lens = torch.tensor([200, 70], device="cuda", dtype=torch.int32)
+    do = torch.randn(2, Tq, 64, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> list[Tensor]:
+        o = seqkern.additive_attention(*inputs, k_lens=lens)
+        return [o.detach(), *torch.autograd.grad(o, inputs, do)]
+
+    step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for new in ([200, 70], [1, 0], [150, 200]):
+        lens.copy_(torch.tensor(new, dtype=torch.int32))
+        graph.replay()
+        torch.testing.assert_close(captured, step(), rtol=0, atol=0)
+
+
+def row_alone(inputs: list[Tensor], b: int, i: int) -> Tensor:
+    """One row of the result, in float32."""
+    query, key, value, v = (t.detach().float() for t in inputs)
+    return ((query[b, i] + key[b]).tanh() @ v).softmax(0) @ value[b]
+
+
+@pytest.mark.parametrize("sizes", [(1, 2000, 20000, 256, 128), (64, 1, 8192, 512, 1024)])
+def test_large_sizes(sizes: tuple[int, ...]) -> None:
+    """Whose tanh would take 20 GB; and single queries, split or not."""
+    inputs = inputs_of(*sizes)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o = seqkern.additive_attention(*inputs)
+    torch.autograd.grad(o.float().sum(), inputs)
+    for b, i in {(0, 0), (sizes[0] - 1, sizes[1] - 1)}:
+        torch.testing.assert_close(o[b, i].float(), row_alone(inputs, b, i), rtol=2e-2, atol=1e-2)
+    made = torch.cuda.max_memory_allocated() - before
+    B, Tq, Tk, D, Dv = sizes
+    assert made < 32 * B * (Tq + Tk + 256) * (D + Dv)
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """The last sequence lies beyond what 32 bits address, and so do rows of a wide stride."""
+    key = torch.randn(33, 2**19, 128, device="cuda", dtype=torch.bfloat16)
+    assert key.numel() > 2**31
+    query, v = key[:, :20], torch.randn(128, device="cuda", dtype=torch.bfloat16) / 11
+    few = [query[-1:], key[-1:, :300], key[-1:, :300], v]
+    o = seqkern.additive_attention(*few)
+    torch.testing.assert_close(o[0, 3].float(), row_alone(few, 0, 3), rtol=2e-2, atol=1e-2)
+    wide = [t.view(33, 2**19, 128)[:, :: 2**13].transpose(0, 1) for t in (key, key, key)]
+    o = seqkern.additive_attention(*wide, v)
+    expected = seqkern.additive_attention(*(t.contiguous() for t in wide), v)
+    torch.testing.assert_close(o, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tanh", ["shared", "single", "hardware"])
+def test_every_way_to_take_tanh(tanh: str) -> None:
+    """Within their bounds, on scores of one element."""
+    from seqkern.kernels.additive_attention import additive_attention
+    from seqkern.kernels.additive_table import choose
+
+    query = torch.linspace(-9.9, 9.9, 4001, device="cuda").view(1, -1, 1)
+    config = dataclasses.replace(choose("forward", torch.float32), tanh=tanh)
+    bound = {"shared": 6e-7, "single": 4e-7, "hardware": 6e-4}[tanh]
+    one = torch.ones(1, 1, 1, device="cuda")
+    for key in (-9.9, 0.0, 0.5, 9.0):
+        args = query, one * key, one, one[0, 0], None, None, None, 1.0, False
+        lse = additive_attention(*args, config=config)[2]
+        exact = (query.double() + key).tanh()[..., 0]
+        # The score itself is rounded twice more.
+        assert (lse - exact).abs().max() < bound + 3e-7
