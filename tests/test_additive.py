@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -345,6 +346,8 @@ def test_which_kernel_serves_on_cuda() -> None:
         ):
             t = torch.empty(2, 3, width, device="cuda", dtype=dtype)
             assert choose((t, t, t)).kernel == (kernel if HAS_TRITON else "reference")
+    if HAS_TRITON:
+        assert import_module("seqkern.kernels.additive_table").MAX_WIDTH == MAX_WIDTH
 
 
 # ---- bad arguments ------------------------------------------------------------------------
