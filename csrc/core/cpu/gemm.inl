@@ -309,6 +309,53 @@ struct Product<C, C> {
       }
   }
 
+  // The product of R rows with VS vectors of columns of a matrix (K, ld) as it lies, of which
+  // `left` columns are there. For so few rows, copying it into panels costs more than the product.
+  template <class S, int R, int VS>
+  static void column_vectors(const C* a, int64_t lda, const S* w, int64_t ld, int64_t K,
+                             int64_t left, C* c, int64_t ldc, const C* from, int64_t ldf) {
+    constexpr int L = kLanes<C>;
+    for (int64_t k0 = 0; k0 < K; k0 += kSumBlock) {
+      const int64_t end = min_(k0 + kSumBlock, K);
+      V<C> acc[R][VS] = {};
+      for (int64_t k = k0; k < end; ++k) {
+#pragma GCC unroll 16
+        for (int v = 0; v < VS; ++v) {
+          const S* row = w + k * ld + v * L;
+          __builtin_prefetch(row + 4 * ld);
+          const V<C> b = VS > 1 ? load_as<C>(row) : load_n<C>(row, left);
+#pragma GCC unroll 4
+          for (int q = 0; q < R; ++q)
+            acc[q][v] = MultiplyAdd<C>::apply(acc[q][v], splat(a[q * lda + k]), b);
+        }
+      }
+#pragma GCC unroll 4
+      for (int q = 0; q < R; ++q)
+#pragma GCC unroll 16
+        for (int v = 0; v < VS; ++v)
+          store<C>(c + q * ldc + v * L, load<C>(from + q * ldf + v * L) + acc[q][v]);
+      from = c;
+      ldf = ldc;
+    }
+  }
+
+  // The same for the panels p0..p1, whose columns stand in C in their own order.
+  template <class S, int R = 1>
+  static void stream_columns(int64_t m, const C* a, int64_t lda, const Matrix<S, C>& w, int64_t p0,
+                             int64_t p1, C* c, int64_t ldc, const C* from, int64_t ldf) {
+    if constexpr (R < kStreamRows)
+      if (m != R) return stream_columns<S, R + 1>(m, a, lda, w, p0, p1, c, ldc, from, ldf);
+    constexpr int L = kLanes<C>, VS = SK_ACC / R < 16 ? SK_ACC / R : 16;
+    int64_t j = p0 * kPanel<C>;
+    const int64_t end = p1 * kPanel<C>, whole = min_(end, w.columns);
+    for (; j + VS * L <= whole; j += VS * L)
+      column_vectors<S, R, VS>(a, lda, w.raw + j, w.columns, w.K, VS * L, c + j, ldc, from + j,
+                               ldf);
+    for (; j < whole; j += L)
+      column_vectors<S, R, 1>(a, lda, w.raw + j, w.columns, w.K, whole - j, c + j, ldc, from + j,
+                              ldf);
+  }
+
   // C[m rows][panels p0..p1 by `columns`] += A B, or = bias + A B, the bias a row in the order of
   // C. `scratch` holds four panels when the matrix is not packed. `backwards` walks the panels from
   // the last: every second step of a sequence does, so that what the cache still holds of the
@@ -320,8 +367,9 @@ struct Product<C, C> {
     if (m <= 0 || p1 <= p0) return;
     const C* from = bias ? bias : c;
     const int64_t ldf = bias ? 0 : ldc;
-    if (!w.packed && !w.columns && m <= kStreamRows)
-      return stream<S, M>(m, a, lda, w, p0, p1, c, ldc, columns, from, ldf);
+    if (!w.packed && m <= kStreamRows)
+      return w.columns ? stream_columns<S>(m, a, lda, w, p0, p1, c, ldc, from, ldf)
+                       : stream<S, M>(m, a, lda, w, p0, p1, c, ldc, columns, from, ldf);
     const Cut cut = cut_of(m, w.K);
     const int64_t size = panel_size(w.K), turns = ceil_div(p1 - p0, cut.panels);
     for (int64_t turn = 0; turn < turns; ++turn) {
