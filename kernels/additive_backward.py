@@ -19,6 +19,7 @@ from torch import Tensor
 from .additive_arguments import SIZES, Arguments, check, check_gradients, plane, view
 from .additive_bias_gradient import bias_gradient
 from .additive_gradients import Scores, delta_of, score_gradients
+from .additive_row_gradients import row_gradients
 from .additive_table import Config
 from .additive_tile import add_slopes, load_block, side
 from .attention_arguments import on_device
@@ -188,13 +189,21 @@ def additive_attention_backward(
     dquery, dkey, dvalue, dv, dbias = (query.new_empty(0) for _ in range(5))
     with on_device(query):
         of_queries, of_keys = config or call.config("queries"), config or call.config("keys")
-        tokens = call.tokens(of_queries, of_keys, plain=True)
+        # One query a sequence takes exponentials of its own, but for what is of the scores' size.
+        single = call.Tq == 1
+        tokens: dict[str, Any] = dict.fromkeys(("queries", "keys", "v"))
+        if not single or dweights is not None or (need_dbias and bias is not None):
+            tokens = call.tokens(of_queries, of_keys, plain=True)
         lse2, delta = delta_of(call, tokens, do, dweights, dlse, o, lse, of_queries)
-        scores = tokens | {"lse2": lse2, "delta": delta, "dweights": plane(dweights)}
-        if need_dq or need_dv:
+        rows = {"lse2": lse2, "delta": delta, "dweights": plane(dweights)}
+        scores = tokens | rows
+        if single and (need_dq or need_dk or need_dvalue or need_dv):
+            x, dkey, dvalue, total = row_gradients(call, do, rows, of_queries, need_dk, need_dvalue)
+            dquery, dv = x if need_dq else dquery, total if need_dv else dv
+        if not single and (need_dq or need_dv):
             x, total = _query_gradients(call, do, scores, of_queries)
             dquery, dv = x if need_dq else dquery, total if need_dv else dv
-        if need_dk or need_dvalue:
+        if not single and (need_dk or need_dvalue):
             dkey, dvalue = _key_gradients(call, do, scores, of_keys, need_dk, need_dvalue)
         if need_dbias and bias is not None:
             dbias = bias_gradient(call, bias, do, scores, of_queries)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .additive_arguments import SIZES, Arguments, plane, view
 from .additive_table import Config
 from .additive_tile import load_block, side, tile_products, tile_sums
-from .tile import LOG2E, Limits, add_and_exclude, bounds, load_plane
+from .tile import LOG2E, Limits, View, add_and_exclude, bounds, load_plane
 
 
 class Scores(NamedTuple):
@@ -84,10 +84,12 @@ def delta_kernel(
     some = some | (log != log)
     log = tl.where(some, log * LOG2E, float("inf"))
     total = tl.zeros([BLOCK_M], tl.float32)
-    x = side(o, do, queries, b, max_q, DV, DV)
+    wide = b.to(tl.int64)
+    o = View(o.ptr + wide * o.b, 0, 0, o.t, o.d)
+    of_o = View(do.ptr + wide * do.b, 0, 0, do.t, do.d)
     for c in tl.range(0, DV, BLOCK_C):
-        y = load_block(x.x, i0, max_q, c, DV, BLOCK_M, BLOCK_C, C.I64).to(tl.float32)
-        z = load_block(x.z, i0, max_q, c, DV, BLOCK_M, BLOCK_C, C.I64).to(tl.float32)
+        y = load_block(o, i0, max_q, c, DV, BLOCK_M, BLOCK_C, C.I64).to(tl.float32)
+        z = load_block(of_o, i0, max_q, c, DV, BLOCK_M, BLOCK_C, C.I64).to(tl.float32)
         total += tl.sum(y * z, 1)
     if dlse is not None:
         total -= tl.load(dlse + row, mask=exists, other=0.0)
@@ -111,7 +113,7 @@ def delta_of(
     call: Arguments, tokens: dict[str, Any], do: Tensor, dweights: Tensor | None,
     dlse: Tensor | None, o: Tensor, lse: Tensor, config: Config,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """lse in base 2 and delta, see delta_kernel."""
+    """lse in base 2 and delta, see delta_kernel; without dweights tokens may be None."""
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     n_tiles = triton.cdiv(call.Tq, config.block_m)
     delta_kernel[(call.B * n_tiles,)](

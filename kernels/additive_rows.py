@@ -37,11 +37,36 @@ def few(call: Arguments) -> bool:
     return call.Tq <= MOST_QUERIES and call.DV <= MOST_VALUES
 
 
+def block_of_keys(width: int) -> int:
+    """Keys that a program takes at a time, for values of that width."""
+    return min(max(ELEMENTS // block_of(width), 8), 64)
+
+
 @triton.jit
 def denominator(x, y):
     """1 + e^2(x + y) for the sums of a row and rows, at most 2^LARGEST; NaN stays."""
     z = (x[None, :] + y.to(tl.float32)) * (2.0 * LOG2E)
     return tl.exp2(tl.minimum(z, LARGEST, propagate_nan=tl.PropagateNan.ALL)) + 1.0
+
+
+@triton.jit
+def row_sums(
+    query, q, k, v, j0, k_len, D, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PTX: tl.constexpr,
+    I64: tl.constexpr,
+):  # fmt: skip
+    """sum_d v_d tanh(q_d + k_jd) / -2 of one query, at `query`, and BLOCK_N keys from j0."""
+    sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for c in tl.range(0, D, 2 * BLOCK_C):
+        d = c + tl.arange(0, BLOCK_C)
+        e = d + BLOCK_C
+        x = tl.load(query + d.to(tl.int64) * q.d, mask=d < D, other=0.0).to(tl.float32)
+        first = denominator(x, load_block(k, j0, k_len, c, D, BLOCK_N, BLOCK_C, I64))
+        x = tl.load(query + e.to(tl.int64) * q.d, mask=e < D, other=0.0).to(tl.float32)
+        second = denominator(x, load_block(k, j0, k_len, c + BLOCK_C, D, BLOCK_N, BLOCK_C, I64))
+        v1 = tl.load(v.ptr + d * v.t, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        v2 = tl.load(v.ptr + e * v.t, mask=e < D, other=0.0).to(tl.float32)[None, :]
+        sums += (second * v1 + first * v2) * reciprocal(first * second, PTX) - 0.5 * (v1 + v2)
+    return tl.sum(sums, 1)
 
 
 @triton.jit(do_not_specialize=["scale", "max_q", "max_k", "splits"])
@@ -74,20 +99,8 @@ def row_kernel(
     for n in tl.range(start, tl.minimum(start + each, n_tiles)):
         j0 = n * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
-        sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-        for c in tl.range(0, D, 2 * BLOCK_C):
-            d = c + tl.arange(0, BLOCK_C)
-            e = d + BLOCK_C
-            x = tl.load(query + d.to(tl.int64) * q.d, mask=d < D, other=0.0).to(tl.float32)
-            y = load_block(k, j0, k_len, c, D, BLOCK_N, BLOCK_C, I64)
-            first = denominator(x, y)
-            x = tl.load(query + e.to(tl.int64) * q.d, mask=e < D, other=0.0).to(tl.float32)
-            y = load_block(k, j0, k_len, c + BLOCK_C, D, BLOCK_N, BLOCK_C, I64)
-            second = denominator(x, y)
-            v1 = tl.load(v.ptr + d * v.t, mask=d < D, other=0.0).to(tl.float32)[None, :]
-            v2 = tl.load(v.ptr + e * v.t, mask=e < D, other=0.0).to(tl.float32)[None, :]
-            sums += (second * v1 + first * v2) * reciprocal(first * second, PTX) - 0.5 * (v1 + v2)
-        s = tl.sum(sums, 1) * (-2.0 * LOG2E * scale)
+        s = row_sums(query, q, k, v, j0, k_len, D, BLOCK_N, BLOCK_C, PTX, I64)
+        s = s * (-2.0 * LOG2E * scale)
         s = add_and_exclude(s, i, j, b, b * 0, limits, None, bias, mask, True, I64)
         if raw is not None:
             tl.store(raw + row.to(tl.int64) * max_k + j, s, mask=j < k_len)
@@ -120,7 +133,7 @@ def attend_rows(
 ) -> None:
     """Launches row_kernel, and the combination where the keys are split (splits > 1)."""
     rows, block_dv = lse.numel(), block_of(call.DV)
-    block_n = min(max(ELEMENTS // block_dv, 8), 64)
+    block_n = block_of_keys(call.DV)
     if not splits:
         splits = choose_splits(rows, triton.cdiv(call.Tk, block_n), slots(o))
     parts, states = None, None

@@ -87,7 +87,13 @@ def launched(arch: Arch, kernel: str, inputs: list[Tensor], **options: Any) -> L
 
 TARGETS: tuple[Arch, ...] = (80, 89, 90, 100, "gfx942")
 # Bytes that a thread of a row stores and loads for lack of registers, where there are any.
-SPILLS: dict[str, int] = {}
+SPILLS = {
+    "80-keys-bfloat16": 8,
+    "80-queries-float32": 160,
+    "89-forward-float32": 52,
+    "90-forward-float32": 52,
+    "90-keys-float32": 24,
+}
 FREQUENT = {
     *("80-keys-bfloat16", "89-forward-bfloat16", "90-forward-bfloat16", "90-queries-bfloat16"),
     *("90-keys-bfloat16", "90-forward-float32", "100-forward-bfloat16", "gfx942-forward-bfloat16"),
@@ -218,6 +224,13 @@ def test_few_queries_read_their_keys_as_they_are(arch: Arch, Dv: int) -> None:
     block_n = row.constants["BLOCK_N"]
     tile = block_n * 2 * row.constants["BLOCK_C"] // 128
     assert min(tile * 1.5 - l["MUFU"] for l in loops_of(row)) == 0
+
+
+def test_the_gradients_of_one_query_read_its_keys_as_they_are() -> None:
+    delta, gradients = backward(90, operands(Tq=1), "keys")
+    assert (delta.kernel, gradients.kernel) == ("delta_kernel", "row_gradient_kernel")
+    gate(report(gradients), Budget(matrix=None))
+    assert gradients.grid == (8 * -(-500 // gradients.constants["BLOCK_N"]), 1, 1)
 
 
 # ---- the launchers ------------------------------------------------------------------------
