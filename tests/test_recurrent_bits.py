@@ -1,0 +1,133 @@
+"""What the C++ kernels of the recurrent ops promise: the same bits in any batch, on any number of
+threads, wherever the inputs lie."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from seqkern.ops.choice import has_native_kernel
+from seqkern.ops.recurrent import recurrent
+from seqkern.reference.cells import GATES
+from tests.recurrent_layers import layer_arguments
+
+CAPABILITIES = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
+
+every_mode = pytest.mark.parametrize("mode", list(GATES))
+pytestmark = pytest.mark.skipif(
+    not has_native_kernel("recurrent", "cpu"), reason="a promise of the C++ kernels: not built"
+)
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.ops.seqkern.cpu_capability()
+    try:
+        torch.ops.seqkern.set_cpu_capability(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    torch.ops.seqkern.set_cpu_capability(before)
+
+
+def forward_and_dx(mode: str, x: Tensor, h0, c0, weights, batch_sizes=None):
+    """y and h_n without a gradient, and y, h_n, dx and dh0 with one."""
+    with torch.no_grad():
+        plain = recurrent(mode, x, h0, c0, weights, batch_sizes=batch_sizes)[:2]
+    x, h0 = x.detach().requires_grad_(), h0.detach().requires_grad_()
+    y, h_n, _ = recurrent(mode, x, h0, c0, weights, batch_sizes=batch_sizes)
+    dx, dh0 = torch.autograd.grad((y * y).sum() + h_n.sum(), (x, h0))
+    return *plain, y.detach(), h_n.detach(), dx, dh0
+
+
+@pytest.fixture
+def own_kernels():
+    """No shape is handed to oneDNN, which promises less."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@every_mode
+@pytest.mark.usefixtures("own_kernels")
+def test_a_row_has_the_same_bits_in_any_batch(mode: str, dtype, capability: str) -> None:
+    T, I, H = 5, 9, 40
+    x, h0, c0, weights = layer_arguments(mode, T, 64, I, H, D=2, dtype=dtype)
+    alone = forward_and_dx(mode, x[:, :1], h0[:, :1], c0 if c0 is None else c0[:, :1], weights)
+    for B in (2, 5, 6, 7, 12, 16, 33, 64):
+        c = None if c0 is None else c0[:, :B]
+        batch = forward_and_dx(mode, x[:, :B], h0[:, :B], c, weights)
+        assert all(torch.equal(a[:, :1], b) for a, b in zip(batch, alone, strict=True)), B
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.usefixtures("own_kernels")
+def test_a_row_has_the_same_bits_in_products_of_many_terms(T: int, dtype, capability: str) -> None:
+    x, h0, c0, weights = layer_arguments("LSTM", T, 50, 270, 200, dtype=dtype)
+    alone = forward_and_dx("LSTM", x[:, -1:], h0[:, -1:], c0[:, -1:], weights)
+    for first in (0, 24, 25, 34, 42, 47, 48):
+        rows = x[:, first:], h0[:, first:], c0[:, first:]
+        batch = forward_and_dx("LSTM", *rows, weights)
+        assert all(torch.equal(a[:, -1:], b) for a, b in zip(batch, alone, strict=True)), first
+
+
+@pytest.mark.parametrize(("B", "threads"), [(1, 1), (6, 1), (5, 2), (10, 2)])
+@every_mode
+def test_bits_do_not_depend_on_where_the_inputs_lie(mode: str, B: int, threads: int) -> None:
+    """Rows an equal way apart are read in place, others are copied first."""
+    T, I, H = 70, 17, 72
+    x, h0, c0, weights = layer_arguments(mode, T, B, I, H, D=2)
+    wide = torch.full((T, 2 * B, I + 3), torch.nan)
+    wide[:, :B, :I] = x
+    batch_first = x.transpose(0, 1).contiguous().transpose(0, 1)
+    every_second = torch.stack([x, x], 2).flatten(1, 2)[:, ::2]
+    torch.set_num_threads(threads)
+    try:
+        runs = [
+            forward_and_dx(mode, layout, h0[:D], c0 if c0 is None else c0[:D], weights[: 4 * D])
+            for D in (1, 2)
+            for layout in (x, batch_first, wide[:, :B, :I], every_second)
+        ]
+    finally:
+        torch.set_num_threads(1)
+    for same in (runs[:4], runs[4:]):
+        for run in same[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(run, same[0], strict=True))
+
+
+@every_mode
+def test_a_ragged_row_has_the_bits_it_has_alone(mode: str, capability: str) -> None:
+    lengths, I, H = [9, 9, 7, 4, 4, 1], 9, 40
+    x, h0, c0, weights = layer_arguments(mode, 9, len(lengths), I, H, D=2)
+    packed = pack_padded_sequence(x, lengths)
+    y, h_n, _, _, dx, dh0 = forward_and_dx(mode, packed.data, h0, c0, weights, packed.batch_sizes)
+    starts = [0, *packed.batch_sizes.cumsum(0).tolist()]
+    for b, n in enumerate(lengths):
+        rows = [starts[t] + b for t in range(n)]
+        c = None if c0 is None else c0[:, b : b + 1]
+        one = forward_and_dx(mode, x[:n, b : b + 1], h0[:, b : b + 1], c, weights)
+        whole = (y[rows], h_n[:, b], dx[rows], dh0[:, b])
+        alone = (one[0][:, 0], one[1][:, 0], one[4][:, 0], one[5][:, 0])
+        assert all(torch.equal(w, a) for w, a in zip(whole, alone, strict=True)), b
+
+
+@pytest.mark.parametrize(("B", "H"), [(1, 200), (7, 72), (64, 40)])
+@every_mode
+def test_bits_do_not_depend_on_the_number_of_threads(mode: str, B: int, H: int) -> None:
+    x, h0, c0, weights = layer_arguments(mode, 4, B, 33, H, D=2)
+    weights = [w.requires_grad_() for w in weights]
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            y, h_n, _ = recurrent(mode, x, h0, c0, weights)
+            runs.append([y, h_n, *torch.autograd.grad((y * y).sum() + h_n.sum(), weights)])
+            runs[-1] += forward_and_dx(mode, x, h0, c0, [w.detach() for w in weights])
+        finally:
+            torch.set_num_threads(1)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
