@@ -1,5 +1,7 @@
 """RNNSearch: its equations, its padding, and the two sets of layers under it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -131,6 +133,36 @@ def test_neighbours_and_padding_do_not_change_a_row(layers):
         torch.testing.assert_close(alone[0], together[b], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("score", ["dot", "general"])
+def test_luongs_scores(score):
+    """Both layers, in teacher forcing and step by step, against the formula."""
+    x, lengths, y = batch()
+    ours, theirs = (model.double() for model in both(replace(SIZES, score=score)))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(ours(x, lengths, y), theirs(x, lengths, y), rtol=1e-10, atol=1e-12)
+    memory, s = theirs.encode(x, lengths)
+    log_p, _, a = theirs.step(y[:, :1], s.unsqueeze(1), memory)
+    scores = ours(x, lengths, y[:, :1])
+    torch.testing.assert_close(log_p, scores.log_softmax(-1), rtol=1e-10, atol=1e-12)
+    u = theirs.decoder.attention.u
+    e = torch.einsum("bh,bjh->bj", s, u(memory.h))
+    e[torch.arange(x.size(1)) >= lengths[:, None]] = -torch.inf
+    torch.testing.assert_close(a[:, 0], e.softmax(-1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layers", ["torch", "seqkern"])
+def test_hypotheses_of_a_source_are_rows_of_their_own(layers):
+    model = RNNSearch(SIZES, layers).double()
+    x, lengths, _ = batch()
+    memory, _ = model.encode(x, lengths)
+    y, s = torch.randint(1, 9, (5, 3)), torch.randn(5, 3, 14, dtype=torch.float64)
+    together = model.step(y, s, memory)
+    for k in range(3):
+        alone = model.step(y[:, k : k + 1], s[:, k : k + 1], memory)
+        for every, one in zip(together, alone, strict=True):
+            torch.testing.assert_close(every[:, k : k + 1], one, rtol=1e-12, atol=1e-13)
+
+
 def test_gradients_of_padded_rows_are_finite():
     model = RNNSearch(SIZES)
     x, lengths, y = batch()
@@ -162,5 +194,7 @@ def test_bad_sizes_are_refused():
         RNNSearchConfig(11, 9, hidden=7)
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1"):
         RNNSearchConfig(11, 9, dropout=1)
+    with pytest.raises(ValueError, match=r"score must be one of .* got 'cosine'"):
+        RNNSearchConfig(11, 9, score="cosine")
     with pytest.raises(ValueError, match=r"layers must be one of .* got 'cudnn'"):
         RNNSearch(SIZES, "cudnn")

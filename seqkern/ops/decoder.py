@@ -167,8 +167,9 @@ def attention_decoder(
         s_0, c_0 = state if mode == "LSTM" else (state, None)
         if k_lens is not None and k_lens.dtype == torch.int64:
             k_lens = k_lens.to(torch.int32)
-        gates_x = _input_gates(x, w_ih, b_ih)
-        w_c = w_ih[:, x.size(2) :]
+        # Not two slices: their gradients would be as large as w_ih each.
+        w_x, w_c = w_ih.split([x.size(2), value.size(2)], 1)
+        gates_x = _input_gates(x, w_x, b_ih)
         args = (gates_x, s_0, c_0, key, value, k_lens, w_q, b_q, v, w_c, w_hh, b_hh, mode)
         s, contexts, weights, c_n = _call(args)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
@@ -180,12 +181,12 @@ def attention_decoder(
     return s, contexts, weights, (last, c_n) if mode == "LSTM" else last
 
 
-def _input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> Tensor:
+def _input_gates(x: Tensor, w_x: Tensor, b_ih: Tensor | None) -> Tensor:
     """W_x x_i + b_ih (N, T, G*H) in the accumulation dtype."""
-    w_x, acc = w_ih[:, : x.size(2)], accumulation_dtype(x.dtype)
+    acc = accumulation_dtype(x.dtype)
     if x.dtype == acc and not _is_any_autocast_enabled():
         return F.linear(x, w_x, b_ih)
-    if w_ih.dtype != x.dtype or (b_ih is not None and b_ih.dtype != x.dtype):
+    if w_x.dtype != x.dtype or (b_ih is not None and b_ih.dtype != x.dtype):
         raise ValueError("attention_decoder: w_ih and b_ih must have the dtype of x")
     with keep_dtypes(x.device):
         return F.linear(x.to(acc), w_x.to(acc), None if b_ih is None else b_ih.to(acc))

@@ -1,0 +1,111 @@
+"""seqkern.nn.AttentionDecoder: every cell with every attention, sequences and single steps."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import seqkern.nn
+from seqkern.nn import AdditiveAttention, AttentionDecoder, DotAttention, GeneralAttention
+
+H, I, C = 6, 3, 5
+CELLS = {
+    "gru": lambda: seqkern.nn.GRUCell(I + C, H),
+    "gru-torch": lambda: nn.GRUCell(I + C, H, bias=False),
+    "lstm": lambda: seqkern.nn.LSTMCell(I + C, H),
+    "rnn": lambda: seqkern.nn.RNNCell(I + C, H),
+    "relu": lambda: seqkern.nn.RNNCell(I + C, H, nonlinearity="relu"),
+}
+ATTENTIONS = {
+    "additive": lambda: AdditiveAttention(H, H, 4),
+    "normalized": lambda: AdditiveAttention(H, H, 4, bias=False, normalize=True),
+    "dot": DotAttention,
+    "general": lambda: GeneralAttention(H, H),
+}
+every_cell = pytest.mark.parametrize("cell", CELLS)
+every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
+
+
+def module(cell: str, attention: str) -> AttentionDecoder:
+    torch.manual_seed(1)
+    return AttentionDecoder(CELLS[cell](), ATTENTIONS[attention]()).double()
+
+
+def inputs(cell: str, B: int = 3, K: int = 2, T: int = 4):
+    torch.manual_seed(2)
+    x = torch.randn(B * K, T, I, dtype=torch.float64)
+    h, c = torch.randn(2, B * K, H, dtype=torch.float64)
+    key = torch.randn(B, 5, H, dtype=torch.float64)
+    value = torch.randn(B, 5, C, dtype=torch.float64)
+    return x, (h, c) if cell == "lstm" else h, key, value, torch.tensor([5, 1, 3])
+
+
+def output(state) -> Tensor:
+    return state[0] if isinstance(state, tuple) else state
+
+
+@every_cell
+@every_attention
+def test_is_attention_then_cell_at_every_step(cell: str, attention: str) -> None:
+    decoder = module(cell, attention)
+    x, state, key, value, lens = inputs(cell)
+    results = decoder(x, state, key, value, k_lens=lens)
+    steps = []
+    for x_i in x.unbind(1):
+        query = output(state).unflatten(0, (3, 2))
+        c, a = decoder.attention(query, key, value, k_lens=lens, need_weights=True)
+        state = decoder.cell(torch.cat([x_i, c.flatten(0, 1)], -1), state)
+        steps.append((output(state), c.flatten(0, 1), a.flatten(0, 1)))
+    expected = (*(torch.stack(t, 1) for t in zip(*steps, strict=True)), state)
+    torch.testing.assert_close(results, expected, rtol=1e-10, atol=1e-12)
+    parameters = list(decoder.parameters())
+    ours, theirs = (
+        torch.autograd.grad(sum(t.square().sum() for t in r[:3]), parameters)
+        for r in (results, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@every_cell
+@every_attention
+def test_steps_are_the_sequence(cell: str, attention: str) -> None:
+    decoder = module(cell, attention)
+    x, state, key, value, lens = inputs(cell)
+    s, contexts, weights, last = decoder(x, state, key, value, k_lens=lens)
+    u_key = decoder.attention.u(key)
+    for i, x_i in enumerate(x.unbind(1)):
+        state, c, a = decoder.step(x_i, state, key, value, k_lens=lens, u_key=u_key)
+        torch.testing.assert_close(output(state), s[:, i], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(c, contexts[:, i], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(a, weights[:, i], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(state, last, rtol=1e-12, atol=1e-13)
+
+
+def test_the_keys_are_the_values_where_none_are_given() -> None:
+    decoder = AttentionDecoder(seqkern.nn.GRUCell(I + H, H), AdditiveAttention(H, H, 4)).double()
+    x, state, key, _, _ = inputs("gru")
+    for a, b in zip(decoder(x, state, key), decoder(x, state, key, key), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_parameters_are_those_of_cell_and_attention() -> None:
+    names = set(module("gru", "additive").state_dict())
+    cell = {f"cell.{n}" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    assert names == cell | {f"attention.{n}" for n in ("w.weight", "w.bias", "u.weight", "v")}
+
+
+@pytest.mark.parametrize(
+    ("cell", "attention", "error", "message"),
+    [
+        (nn.GRU(3, 4), DotAttention(), TypeError, "cell must be a GRUCell, .* got GRU"),
+        (nn.GRUCell(3, 4), nn.Linear(3, 4), TypeError, "attention must be .* got Linear"),
+        (
+            nn.GRUCell(3, 4),
+            AdditiveAttention(5, 4, 2),
+            ValueError,
+            "attention must have query_size = hidden_size = 4 of cell, got 5",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(cell, attention, error, message) -> None:
+    with pytest.raises(error, match=f"AttentionDecoder: {message}"):
+        AttentionDecoder(cell, attention)
