@@ -64,12 +64,16 @@ test_part() { pytest -m gpu --junitxml="$OUT/test.xml" tests; }
 
 bench() {
   local selection=(-m gpu benchmarks/bench_*.py)
-  [ "$DRY" = 0 ] || selection=(benchmarks/bench_attention.py)
-  # With no benchmark selected there is nothing to save, which status 5 says already.
+  [ "$DRY" = 0 ] ||
+    selection=(benchmarks/bench_attention.py benchmarks/bench_additive.py --grid tiny)
+  # With no benchmark selected there is nothing to save, which status 5 says already. The compiler
+  # of PyTorch, which is a peer, uses parts of PyTorch that are deprecated.
   pytest --junitxml="$OUT/bench.xml" --benchmark-json="$OUT/benchmarks.json" --budget=0.5 \
-    -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning "${selection[@]}"
+    -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning -W ignore::DeprecationWarning \
+    "${selection[@]}"
   local status=$?
   "$ENVIRONMENT/bin/python" -m benchmarks.attention_table "$OUT/benchmarks.json" || return 1
+  "$ENVIRONMENT/bin/python" -m benchmarks.additive_table "$OUT/benchmarks.json" || return 1
   [ "$DRY" = 1 ] || return "$status"
   "$ENVIRONMENT/bin/python" -m benchmarks --grid tiny --row "$ROW" --budget 0.01 --out "$OUT" ||
     return 1
