@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -27,14 +28,19 @@ def line(record: dict) -> str:
     return f"{case!s:45} {seconds * 1e6:10.0f} us {rate}  best peer {best}; {others}"
 
 
-def main() -> None:
-    """Prints a line for each case."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention_table")
+def print_table(prog: str, field: str, line: Callable[[dict], str]) -> None:
+    """Prints a line for each record, of a file named on the command line, that has `field`."""
+    parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("results", type=Path, help="pytest-benchmark's JSON")
     data = json.loads(parser.parse_args().results.read_text())
     for benchmark in data["benchmarks"]:
-        if "flop" in benchmark["extra_info"]:
+        if field in benchmark["extra_info"]:
             print(line(benchmark["extra_info"]))
+
+
+def main() -> None:
+    """Prints a line for each case."""
+    print_table("python -m benchmarks.attention_table", "flop", line)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ On a GPU the whole list; without one a dry run of small sizes, which shows that 
 nothing about the kernels. `python -m benchmarks.attention_table RESULTS.json` makes the table.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
@@ -41,6 +42,19 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def repeated(run: Callable[[], object]) -> tuple[Callable[[], None], int]:
+    """So many calls, and a wait for the device, that they make a sample; and how many."""
+    wait()
+    times = max(1, round(SAMPLE_SECONDS / paired.seconds_of_one_call(lambda: (run(), wait()))))
+
+    def repeat() -> None:
+        for _ in range(times):
+            run()
+        wait()
+
+    return repeat, times
+
+
 def entrants(p: Problem) -> tuple[dict[str, Contestant], dict[str, int], dict[str, str]]:
     """Those who compute the case, how many calls make up a run of each, and who refuses it with
     what words. An error of seqkern's own is not caught."""
@@ -54,15 +68,7 @@ def entrants(p: Problem) -> tuple[dict[str, Contestant], dict[str, int], dict[st
                 raise
             refused[name] = str(error).strip().splitlines()[0][:200]
             continue
-        wait()
-        seconds = paired.seconds_of_one_call(lambda run=run: (run(), wait()))
-        calls[name] = max(1, round(SAMPLE_SECONDS / seconds))
-
-        def repeat(run=run, times=calls[name]) -> None:
-            for _ in range(times):
-                run()
-            wait()
-
+        repeat, calls[name] = repeated(run)
         entries[name] = Contestant(name, repeat, lambda forward=forward: {"o": forward()})
     return entries, calls, refused
 

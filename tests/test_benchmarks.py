@@ -18,7 +18,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # kernels/ would answer whoever looks for another package of that name.
 sys.path.append(str(ROOT))
 
-from benchmarks import cells, contestants, limits, memory, onnx_graph, paired, report
+from benchmarks import (
+    additive_cases,
+    additive_table,
+    cells,
+    contestants,
+    limits,
+    memory,
+    onnx_graph,
+    paired,
+    report,
+)
 from benchmarks.cells import ROWS, Cell, Goal, Row
 from benchmarks.check import WrongResult, check
 
@@ -307,6 +317,59 @@ def test_suite_runs_and_its_results_survive_saving(tmp_path: Path) -> None:
     assert report.table(report.load([saved])["records"]) == report.table(measured["records"])
     markdown = report.format_table(report.table(measured["records"]), markdown=True)
     assert markdown.splitlines()[1].startswith("| ---")
+
+
+def test_additive_suite_runs_and_prints(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    done = run(
+        "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_additive.py", "--grid=tiny",
+        "--budget=0.02", f"--benchmark-json={results}",
+        "-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [b["extra_info"] for b in json.loads(results.read_text())["benchmarks"]]
+    assert [additive_cases.Case(**r["case"]) for r in records] == additive_cases.tiny_cases()
+    for record in records:
+        assert 0 < record["error_over_budget"] <= 1
+        assert len(record["samples"]["seqkern"]["wall_us"]) >= 3
+    done = run("benchmarks.additive_table", str(results))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("of the tanh rate") == len(records)
+
+
+def test_additive_formulas_agree() -> None:
+    p = additive_cases.make_problem(additive_cases.Case(2, 5, 7, 20, True), "cpu")
+    expected = additive_cases.exact(p)
+    for function in (seqkern.additive_attention, additive_cases.by_sum, additive_cases.by_product):
+        actual = additive_cases.outputs(p, lambda f=function: f(*p.inputs))
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name].double(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_additive_memory_sees_the_tensor_that_ours_never_makes() -> None:
+    case = additive_cases.Case(8, 64, 64, 256)
+    eager, ours = (additive_cases.peak_on_cpu(name, case) for name in ("eager", "seqkern"))
+    assert eager >= 4 * case.tanhs
+    assert ours < 0.05 * eager
+
+
+def test_additive_line() -> None:
+    record = {
+        "case": asdict(additive_cases.Case(64, 1, 32, 256)),
+        "device": "cpu",
+        "tanhs": 524288,
+        "tanh_rate": 1e9,
+        "peak_bytes": {"seqkern": 1, "eager": 100},
+        "samples": {
+            "seqkern": {"cpu_us": [500.0], "wall_us": [9.0]},
+            "eager": {"cpu_us": [2000.0], "wall_us": [9.0]},
+        },
+    }
+    line = additive_table.line(record)
+    assert "eager 4.00x" in line
+    assert "memory 1.0% of eager's" in line
+    assert "1.05 of the tanh rate" in line
 
 
 def test_layer_under_test_is_seqkern() -> None:

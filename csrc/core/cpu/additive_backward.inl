@@ -123,12 +123,12 @@ struct AdditiveBackwardPass {
   }
 
   // As `all_queries`, for one query. Does nothing and returns false where the keys are NaN or so
-  // small that 1 - 2 r is too coarse for the gradient of v.
+  // small that E - 1 is too coarse for the gradient of v.
   bool one_query(int64_t b, int64_t keys, const AdditiveVector<C>& vector) {
     if (a.Tq != 1 || keys == 0 || !vector.ordinary) return false;
     C *scores = s, *g = dp, *saved = k.exps;
     q.bounds[0] = exponentials<S, C>(token_at<S>(a.query, b, 0), a.D, q.rows, q.exps);
-    const C top = score_single<S, C, true>(q.rows, token_at<S>(a.key, b, 0), a.key.row, keys, a.D,
+    const C top = score_single<S, C, true>(q.rows, token_at<S>(a.key, b, 0), a.key.row, keys,
                                            vector, scores, saved);
     for (int64_t j = 0; j < keys; ++j)
       if (scores[j] != scores[j]) return false;
@@ -137,8 +137,6 @@ struct AdditiveBackwardPass {
     read_gradient(b, 0);
     multiply_single<S, C>(d_o, token_at<S>(a.value, b, 0), a.value.row, keys, a.Dv, g);
     finish_gradients(b, 0, keys, scores, g);
-    C total = 0;
-    for (int64_t j = 0; j < keys; ++j) total += g[j];
     // The slope of the keys' gradients; dq is multiplied by it at the end.
     C* const slope = k.rows;
     for (int64_t d = 0; d < vector.padded; ++d) slope[d] = 1;
@@ -153,8 +151,6 @@ struct AdditiveBackwardPass {
       gradients_single<S, C, 1>(saved + j * vector.padded, g + j, slope, a.D, vector.padded, dq, dv,
                                 to ? to + j * a.D : nullptr);
     if (to) clear_row(to + keys * a.D, (a.Tk - keys) * a.D);
-    for (int64_t d = 0; d < vector.padded; d += L)
-      store<C>(dv + d, tanh_sum<C>(Form::grouped, load<C>(dv + d), total));
     write_rows(f.dquery, b, 1, 1, dq, vector);
     if (!f.dvalue) return true;
     S* const values_to = static_cast<S*>(f.dvalue) + b * a.Tk * a.Dv;
