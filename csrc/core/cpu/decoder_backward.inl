@@ -136,7 +136,10 @@ struct DecoderBackwardPass {
     C* const products_of_block = static_cast<C*>(f.dproducts) + row0 * a.T * products;
     C* const gates_of_block = static_cast<C*>(f.dgates_x) + row0 * a.T * GH;
     for (int64_t i = a.T - 1; i >= 0; --i) {
-      for (int64_t r = 0; r < m; ++r) cell_row(r, (row0 + r) * a.T + i, i);
+      for (int64_t r = 0; r < m; ++r) {
+        if (r + kRowsAhead < m) fetch_row((row0 + r + kRowsAhead) * a.T + i);
+        cell_row(r, (row0 + r) * a.T + i, i);
+      }
       multiply(m, gates_of_block + i * GH, a.T * GH, w_c, GH, features, dcontext, ldc);
       for (int64_t r = 0; r < m; ++r) attention_row(r, r / a.K, first, (row0 + r) * a.T + i);
       multiply(m, products_of_block + i * products, a.T * products, w_h, products, units, dh, ldh);
@@ -157,6 +160,15 @@ struct DecoderBackwardPass {
     const Matrix<C, C> matrix{packed, nullptr, 0, depth};
     Dot::template gemm<C, Mode::rnn_tanh>(m, x, ldx, matrix, 0, panels, to, ld, kPlainColumns<C>,
                                           nullptr, false);
+  }
+
+  // What `cell_row` will read.
+  void fetch_row(int64_t at) const {
+    if (saved_of(M)) fetch(static_cast<const S*>(f.gates) + at * saved_of(M) * a.H, 4 * a.H);
+    if (M == Mode::lstm) fetch(static_cast<const S*>(f.cells) + at * a.H, a.H);
+    fetch(static_cast<const S*>(f.s) + (at - 1) * a.H, 2 * a.H);
+    if (f.ds) fetch(static_cast<const S*>(f.ds) + at * a.H, a.H);
+    if (f.dcontexts) fetch(static_cast<const S*>(f.dcontexts) + at * a.C, a.C);
   }
 
   // The cell of one row: its gates' gradients, the given part of dcontext, and in dh what bypasses
