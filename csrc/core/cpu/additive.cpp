@@ -2,13 +2,10 @@
 // of the batch share.
 #include <omp.h>
 
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <vector>
 
 #include "additive_table.h"
+#include "arena.h"
 
 namespace seqkern {
 namespace {
@@ -20,12 +17,6 @@ const AdditiveKernels& kernels_of(Type type) {
   if (std::strcmp(set, "portable") != 0) return additive_avx512().of[int(type)];
 #endif
   return additive_portable().of[int(type)];
-}
-
-std::unique_ptr<char, decltype(&std::free)> allocate(int64_t bytes) {
-  void* p = std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64));
-  if (bytes > 0 && !p) throw std::bad_alloc();
-  return {static_cast<char*>(p), &std::free};
 }
 
 // part(first, last, thread) for equal shares of [0, items), each on a thread of its own.
@@ -53,9 +44,9 @@ void additive_forward(const AdditiveForward& f) {
   const AdditiveKernels& kernels = kernels_of(f.in.type);
   const int threads = threads_for(blocks, f.in.threads);
   const int64_t each = kernels.forward_scratch(f);
-  const auto scratch = allocate(threads * each);
+  const Arena arena(threads * each);
   share_out(blocks, threads, [&](int64_t begin, int64_t end, int thread) {
-    kernels.forward(f, begin, end, scratch.get() + thread * each);
+    kernels.forward(f, begin, end, arena.base() + thread * each);
   });
 }
 
@@ -67,22 +58,22 @@ void additive_backward(const AdditiveBackward& b) {
   const int64_t bias = shared_bias ? b.bias_sizes[1] * b.bias_sizes[2] : 0, row = a.D + bias;
   const int threads = threads_for(a.B, a.threads);
   const int64_t each = kernels.backward_scratch(b);
-  const auto scratch = allocate(threads * each);
   // Rows of the batch go in waves: their shares are added in the order of the rows, and only one
   // wave of shares exists at a time.
   const int64_t wave = bias ? threads : a.B;
-  const auto shares = allocate((wave + 1) * row * size);
-  char* const total = shares.get() + wave * row * size;
+  const Arena arena(threads * each + (wave + 1) * row * size);
+  char* const shares = arena.base() + threads * each;
+  char* const total = shares + wave * row * size;
   std::memset(total, 0, size_t(row * size));
   for (int64_t first = 0; first < a.B; first += wave) {
     const int64_t n = a.B - first < wave ? a.B - first : wave;
     share_out(n, int(n < threads ? n : threads), [&](int64_t begin, int64_t end, int thread) {
       for (int64_t i = begin; i < end; ++i) {
-        char* share = shares.get() + i * row * size;
-        kernels.backward(b, first + i, share, share + a.D * size, scratch.get() + thread * each);
+        char* share = shares + i * row * size;
+        kernels.backward(b, first + i, share, share + a.D * size, arena.base() + thread * each);
       }
     });
-    for (int64_t i = 0; i < n; ++i) kernels.add(total, shares.get() + i * row * size, row);
+    for (int64_t i = 0; i < n; ++i) kernels.add(total, shares + i * row * size, row);
   }
   if (b.dv) kernels.store(b.dv, a.type, total, a.D);
   if (shared_bias) kernels.store(b.dbias, a.bias_type, total + a.D * size, bias);

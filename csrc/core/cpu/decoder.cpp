@@ -1,11 +1,9 @@
 // Chooses the kernels of the attending decoder, divides the sources among the threads.
 #include <omp.h>
 
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
+#include "arena.h"
 #include "decoder_table.h"
 
 namespace seqkern {
@@ -21,34 +19,6 @@ const DecoderKernels& kernels_of(const Decoder& a) {
   return decoder_portable().of[type][mode];
 }
 
-// A workspace up to this size is kept by its thread for the next call.
-constexpr int64_t kKeptBytes = 16 << 20;
-
-using Block = std::unique_ptr<char, decltype(&std::free)>;
-
-Block allocate(int64_t bytes) {
-  void* p = std::aligned_alloc(4096, size_t((bytes + 4095) / 4096 * 4096));
-  if (bytes > 0 && !p) throw std::bad_alloc();
-  return {static_cast<char*>(p), &std::free};
-}
-
-// `bytes` of the calling thread's, kept between calls while they are few; else in `own`.
-char* workspace(int64_t bytes, Block& own) {
-  static thread_local Block kept(nullptr, &std::free);
-  static thread_local int64_t kept_bytes = 0;
-  if (bytes > kKeptBytes) {
-    own = allocate(bytes);
-    return own.get();
-  }
-  if (bytes > kept_bytes) {
-    kept_bytes = 0;
-    kept.reset();
-    kept = allocate(bytes);
-    kept_bytes = bytes;
-  }
-  return kept.get();
-}
-
 // Both parts of a pass, then `finish` on the shared workspace. Every thread goes through whole
 // sources.
 template <class Call, class Finish>
@@ -57,8 +27,8 @@ void run(const DecoderPass<Call>& pass, const Call& call, Finish finish) {
   const Workspace bytes = pass.workspace(call);
   int threads = a.threads < 1 || omp_in_parallel() ? 1 : a.threads;
   if (a.B < threads) threads = int(a.B < 1 ? 1 : a.B);
-  Block own(nullptr, &std::free);
-  char* const shared = workspace(bytes.shared + threads * bytes.scratch, own);
+  const Arena arena(bytes.shared + threads * bytes.scratch);
+  char* const shared = arena.base();
   char* const scratch = shared + bytes.shared;
   if (threads == 1) {
     pass.prepare(call, 0, 1, shared);

@@ -11,11 +11,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "arena.h"
 #include "table.h"
 
 namespace seqkern {
@@ -25,9 +25,6 @@ namespace {
 constexpr int64_t kUnitSplitWeights = 64 * 1024;
 // Rows that a thread must have for splitting the rows to be worth its own pass over the weights.
 constexpr int64_t kRowSplitRows = 4;
-// A workspace up to this size is kept by its thread for the next call.
-constexpr int64_t kKeptBytes = 16 << 20;
-
 enum Capability { portable, avx2, avx512, avx512_bf16, amx, capabilities };
 const char* const kNames[capabilities] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
@@ -104,37 +101,6 @@ Split split(const Shape& s, int threads) {
   if (r.members < 1) r.members = 1;
   return r;
 }
-
-// One aligned block, kept between calls while it is small.
-class Arena {
- public:
-  explicit Arena(int64_t bytes) {
-    static thread_local std::unique_ptr<char, decltype(&std::free)> kept(nullptr, &std::free);
-    static thread_local int64_t kept_bytes = 0;
-    if (bytes > kKeptBytes) {
-      own_.reset(allocate(bytes));
-      base_ = own_.get();
-      return;
-    }
-    if (bytes > kept_bytes) {
-      kept.reset();
-      kept_bytes = 0;
-      kept.reset(allocate(bytes));
-      kept_bytes = bytes;
-    }
-    base_ = kept.get();
-  }
-  char* base() const { return base_; }
-
- private:
-  static char* allocate(int64_t bytes) {
-    void* p = std::aligned_alloc(4096, size_t((bytes + 4095) / 4096 * 4096));
-    if (!p) throw std::bad_alloc();
-    return static_cast<char*>(p);
-  }
-  std::unique_ptr<char, decltype(&std::free)> own_{nullptr, &std::free};
-  char* base_ = nullptr;
-};
 
 // Runs `part(member)` for every direction. Threads beyond the split stay idle.
 template <class Workspaces, class Part>
