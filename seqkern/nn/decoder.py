@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from seqkern.nn.additive import AdditiveAttention, DotAttention, GeneralAttention
-from seqkern.ops.additive import _normalized
+from seqkern.ops.additive import normalized
 from seqkern.ops.decoder import attention_decoder
 
 State = Any  # (N, H), or for LSTMCell a pair of them
@@ -85,7 +85,7 @@ class AttentionDecoder(nn.Module):
         projected = attend.u(key) if u_key is None else u_key
         if isinstance(attend, AdditiveAttention):
             weights = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
-            v = attend.v if attend.g is None else _normalized(attend.v, attend.g)
+            v = attend.v if attend.g is None else normalized(attend.v, attend.g)
             return attention_decoder(
                 x,
                 state,

@@ -150,7 +150,8 @@ def check_public(
     if b_ih is not None:
         _check(op, "b_ih", f"{G}H", b_ih, (n,), key, key.dtype)
     if isinstance(k_lens, Tensor) and k_lens.dtype == torch.int64:
-        k_lens = k_lens.to(torch.int32)
+        # A length beyond 32 bits must not wrap into a valid one.
+        k_lens = k_lens.clamp(0, key.size(1)).int()
     gates_x = x.new_empty(x.size(0), steps, n, dtype=accumulation_dtype(key.dtype))
     w_c = w_ih[:, x.size(2) :]
     check_decoder(op, gates_x, s_0, c_0, key, value, k_lens, w_q, b_q, v, w_c, w_hh, b_hh, mode)

@@ -91,7 +91,7 @@ def _normal_form(tensors: tuple, bias, g, k_lens, mask, scale) -> tuple:
         tensors: query, key, value, v.
     """
     if g is not None:
-        tensors = *tensors[:3], _normalized(tensors[3], g)
+        tensors = *tensors[:3], normalized(tensors[3], g)
     if _is_any_autocast_enabled():
         tensors = _autocast(tensors)
         bias = None if bias is None else _autocast((bias,))[0]
@@ -115,7 +115,7 @@ def _check(tensors: tuple, bias, g, k_lens, mask, scale) -> None:
     for name, t in zip(("query", "key", "value", "v"), tensors, strict=True):
         check_tensor(_NAME, name, t)
     if g is not None:
-        _normalized(tensors[3], g)
+        normalized(tensors[3], g)
     if bias is not None:
         check_tensor(_NAME, "bias", bias)
     query, key, value, v, bias = _autocast((*tensors, bias))
@@ -130,7 +130,8 @@ def _check(tensors: tuple, bias, g, k_lens, mask, scale) -> None:
     _scale(scale)
 
 
-def _normalized(v: Tensor, g: Tensor) -> Tensor:
+def normalized(v: Tensor, g: Tensor) -> Tensor:
+    """g v / ||v|| for v (D,) and g ()."""
     check_tensor(_NAME, "g", g)
     if g.dim() != 0:
         raise ValueError(f"{_NAME}: g must be a scalar, (), got {tuple(g.shape)}")

@@ -166,7 +166,8 @@ def attention_decoder(
         (w_q, b_q, v), (w_ih, w_hh, b_ih, b_hh) = attention, cell
         s_0, c_0 = state if mode == "LSTM" else (state, None)
         if k_lens is not None and k_lens.dtype == torch.int64:
-            k_lens = k_lens.to(torch.int32)
+            # A length beyond 32 bits must not wrap into a valid one.
+            k_lens = k_lens.clamp(0, key.size(1)).int()
         # Not two slices: their gradients would be as large as w_ih each.
         w_x, w_c = w_ih.split([x.size(2), value.size(2)], 1)
         gates_x = _input_gates(x, w_x, b_ih)
