@@ -128,8 +128,9 @@ struct AdditiveBackwardPass {
     if (a.Tq != 1 || keys == 0 || !vector.ordinary) return false;
     C *scores = s, *g = dp, *saved = k.exps;
     q.bounds[0] = exponentials<S, C>(token_at<S>(a.query, b, 0), a.D, q.rows, q.exps);
-    const C top = score_single<S, C, true>(q.rows, token_at<S>(a.key, b, 0), a.key.row, keys,
-                                           vector, scores, saved);
+    const C top =
+        score_single<S, C, true>(q.rows, token_at<S>(a.key, b, 0), a.key.row, keys,
+                                 token_at<S>(a.value, b, 0), a.value.row, vector, scores, saved);
     for (int64_t j = 0; j < keys; ++j)
       if (scores[j] != scores[j]) return false;
     if (top <= FormBounds<C>::tiny) return false;

@@ -1,12 +1,12 @@
-// Additive attention for every processor: 16-byte vectors of the baseline instruction set.
+// Additive attention on every processor.
 #include "additive_table.h"
 #include "types.h"
 
-#define SK_SET portable
-#define SK_VBYTES 16
-#define SK_ACC 12
-
+// clang-format off: in this order
+#include "set_portable.h"
 #include "additive_set.inl"
+#include "set_end.h"
+// clang-format on
 
 namespace seqkern {
 const AdditiveTable& additive_portable() { return portable::kAdditiveTable; }

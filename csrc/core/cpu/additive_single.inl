@@ -40,10 +40,12 @@ inline __attribute__((always_inline)) V<float> exp_twice<float>(V<float> x) {
 // from the L3 cache or from memory.
 constexpr int64_t kKeyAhead = 512, kValueAhead = 4;
 
-// sum_d v_d tanh(q_d + k_d), in its lanes. Save keeps e^2(q + k), padded, and the
-// largest |q + k| of each lane.
+// sum_d v_d tanh(q_d + k_d), in its lanes. `next`, what will be read after the scores, comes to the
+// L2 cache meanwhile, since this is bound by arithmetic and that by memory (a fifth of both). Save
+// keeps e^2(q + k), padded, and the largest |q + k| of each lane.
 template <class S, class C, bool Save>
-SK_INLINE V<C> single_sum(const C* q, const S* k, const AdditiveVector<C>& v, C* saved, V<C>& top) {
+SK_INLINE V<C> single_sum(const C* q, const S* k, const S* next, const AdditiveVector<C>& v,
+                          C* saved, V<C>& top) {
   constexpr int L = kLanes<C>;
   V<C> acc = {};
   auto of = [&](int64_t d, V<C> x) __attribute__((always_inline)) {
@@ -62,6 +64,7 @@ SK_INLINE V<C> single_sum(const C* q, const S* k, const AdditiveVector<C>& v, C*
     for (int g = 0; g < 4; ++g) {
       const int64_t at = d + g * L;
       __builtin_prefetch(k + at + kKeyAhead);
+      __builtin_prefetch(next + at, 0, 2);
       den[g] = of(at, load<C>(q + at) + load_as<C>(k + at));
     }
     acc = add_quotients<C>(acc, v.v + d, den);
@@ -73,18 +76,19 @@ SK_INLINE V<C> single_sum(const C* q, const S* k, const AdditiveVector<C>& v, C*
   return acc;
 }
 
-// to[j] = sum_d v_d tanh(q_d + k_jd) for keys `row` apart; q is padded. Save keeps what
-// single_sum does, in rows of v.padded elements, and returns the largest |q + k|.
+// to[j] = sum_d v_d tanh(q_d + k_jd) for keys `row` apart; q is padded. `next` is the first value.
+// Save keeps what single_sum does, in rows of v.padded elements, and returns the largest |q + k|.
 template <class S, class C, bool Save>
-static C score_single(const C* q, const S* k, int64_t row, int64_t keys, const AdditiveVector<C>& v,
-                      C* to, C* saved) {
+static C score_single(const C* q, const S* k, int64_t row, int64_t keys, const S* next,
+                      int64_t next_row, const AdditiveVector<C>& v, C* to, C* saved) {
   constexpr int L = kLanes<C>;
   V<C> top = {};
   for (int64_t j = 0; j < keys; j += L) {
     const int64_t n = min_<int64_t>(L, keys - j);
     V<C> acc[L] = {};
     for (int64_t c = j; c < j + n; ++c)
-      acc[c - j] = single_sum<S, C, Save>(q, k + c * row, v, saved + c * v.padded, top);
+      acc[c - j] =
+          single_sum<S, C, Save>(q, k + c * row, next + c * next_row, v, saved + c * v.padded, top);
     store_n<C>(to + j, sum_each<C>(acc), n);
   }
   C largest = 0;
