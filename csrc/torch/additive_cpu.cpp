@@ -20,23 +20,6 @@ using seqkern::PairRows;
 using seqkern::TokenRows;
 using seqkern::Type;
 
-Type dtype_of(const std::string& op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Type::f32;
-    case ScalarType::Double:
-      return Type::f64;
-    case ScalarType::BFloat16:
-      return Type::bf16;
-    case ScalarType::Half:
-      return Type::f16;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name,
-                      " must be float32, float64, bfloat16 or float16, got dtype ",
-                      int(t.scalar_type()));
-  }
-}
-
 // The checked arguments that both ops share, and the copies that the pointers need.
 struct Call {
   std::string op;
@@ -51,7 +34,7 @@ struct Call {
     expect_rank("query", query, "(B, Tq, D)");
     expect_rank("key", key, "(B, Tk, D)");
     expect_rank("value", value, "(B, Tk, Dv)");
-    a.type = dtype_of(op, "query", query);
+    a.type = type_of(query, op, "query");
     a.B = query.size(0), a.Tq = query.size(1), a.D = query.size(2);
     a.Tk = key.size(1), a.Dv = value.size(2);
     STD_TORCH_CHECK(a.D > 0, op, ": query must have D > 0, got ", list(sizes_of(query)));
@@ -74,7 +57,7 @@ struct Call {
       STD_TORCH_CHECK(dtype == query.scalar_type() || dtype == ScalarType::Float, op,
                       ": bias must have the dtype of query or float32, got dtype ", int(dtype));
       a.bias = pairs_of("bias", *bias);
-      a.bias_type = dtype_of(op, "bias", *bias);
+      a.bias_type = type_of(*bias, op, "bias");
     }
     if (k_lens_) {
       expect("k_lens", *k_lens_, {a.B}, ScalarType::Int);

@@ -58,8 +58,8 @@ inline Mode mode_of(const std::string& name) {
   return Mode::rnn_relu;
 }
 
-inline Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
+inline Type type_of(const Tensor& t, const std::string& op = "recurrent", const char* name = "x") {
+  switch (t.scalar_type()) {
     case ScalarType::Float:
       return Type::f32;
     case ScalarType::Double:
@@ -69,7 +69,9 @@ inline Type type_of(const Tensor& x) {
     case ScalarType::Half:
       return Type::f16;
     default:
-      STD_TORCH_CHECK(false, "recurrent: x must be float32, float64, bfloat16 or float16");
+      STD_TORCH_CHECK(false, op, ": ", name,
+                      " must be float32, float64, bfloat16 or float16, got dtype ",
+                      int(t.scalar_type()));
   }
 }
 

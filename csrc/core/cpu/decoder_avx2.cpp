@@ -1,21 +1,14 @@
-// The attending decoder with AVX2 and FMA: 32-byte vectors.
+// The attending decoder with AVX2 and FMA.
 #include "additive_table.h"
 #include "decoder_table.h"
 #include "types.h"
 
 #if defined(__x86_64__)
-// Everything below is compiled for this set alone; headers stay above, so that no function they
-// share with other files can be emitted with these instructions.
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,prefer-vector-width=256")
-
-#define SK_SET avx2
-#define SK_VBYTES 32
-#define SK_ACC 12
-
+// clang-format off: in this order
+#include "set_avx2.h"
 #include "decoder_set.inl"
-
-#pragma GCC pop_options
+#include "set_end.h"
+// clang-format on
 
 namespace seqkern {
 const DecoderTable& decoder_avx2() { return avx2::kDecoderTable; }

@@ -1,13 +1,13 @@
-// The attending decoder for every processor: 16-byte vectors of the baseline instruction set.
+// The attending decoder on every processor.
 #include "additive_table.h"
 #include "decoder_table.h"
 #include "types.h"
 
-#define SK_SET portable
-#define SK_VBYTES 16
-#define SK_ACC 12
-
+// clang-format off: in this order
+#include "set_portable.h"
 #include "decoder_set.inl"
+#include "set_end.h"
+// clang-format on
 
 namespace seqkern {
 const DecoderTable& decoder_portable() { return portable::kDecoderTable; }

@@ -1,20 +1,13 @@
-// AVX2 with FMA: 32-byte vectors, 12 accumulators of 16 registers.
+// The recurrent kernels with AVX2 and FMA.
 #include "table.h"
 #include "types.h"
 
 #if defined(__x86_64__)
-// Everything below is compiled for this set alone; headers stay above, so that no function they
-// share with other files can be emitted with these instructions.
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,prefer-vector-width=256")
-
-#define SK_SET avx2
-#define SK_VBYTES 32
-#define SK_ACC 12
-
+// clang-format off: in this order
+#include "set_avx2.h"
 #include "every_type.inl"
-
-#pragma GCC pop_options
+#include "set_end.h"
+// clang-format on
 
 namespace seqkern {
 const KernelTable& table_avx2() { return avx2::kTable; }

@@ -5,7 +5,7 @@
 #include "types.h"
 
 #if defined(__x86_64__)
-// See kernels_avx512.cpp for why the headers stay above.
+// See set_avx512.h for why the headers stay above.
 // The intrinsics of GCC 12 pass an undefined vector where a mask makes it unread.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
@@ -19,7 +19,7 @@
 
 #include "only_bf16.inl"
 
-#pragma GCC pop_options
+#include "set_end.h"
 
 namespace seqkern {
 const KernelTable& table_avx512_bf16() { return avx512_bf16::kTable; }

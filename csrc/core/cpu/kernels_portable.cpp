@@ -1,12 +1,12 @@
-// For every processor: 16-byte vectors of the baseline instruction set, no fused multiply-add.
+// The recurrent kernels on every processor.
 #include "table.h"
 #include "types.h"
 
-#define SK_SET portable
-#define SK_VBYTES 16
-#define SK_ACC 12
-
+// clang-format off: in this order
+#include "set_portable.h"
 #include "every_type.inl"
+#include "set_end.h"
+// clang-format on
 
 namespace seqkern {
 const KernelTable& table_portable() { return portable::kTable; }

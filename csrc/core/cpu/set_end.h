@@ -1,0 +1,2 @@
+// Ends what a set_*.h began.
+#pragma GCC pop_options
