@@ -16,12 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from seqkern.ops import _additive_ops as additive
 from seqkern.ops import recurrent as module
+from seqkern.reference import additive as additive_reference
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
 
+from tests.fuzzing import outcome, spoilt_tensor
+
 Arguments = dict[str, Any]
-REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
 EXAMPLES = 250
 FORWARD = ("x", "batch_sizes", "h0", "c0", "weights", "mode")
 BACKWARD = (
@@ -65,29 +68,6 @@ def correct_call(r: random.Random) -> Arguments:
         "need_dx": r.random() < 0.7,
         "need_dw": r.random() < 0.7,
     }
-
-
-def spoilt_tensor(r: random.Random, t: Tensor) -> Tensor | None:
-    """Another rank, size, dtype, stride or nothing; some of these are still correct."""
-    kind = r.randrange(9)
-    dim = r.randrange(t.dim()) if t.dim() else 0
-    if kind == 0 and t.dim():
-        return t.narrow(dim, 0, max(t.size(dim) - 1, 0))
-    if kind == 1 and t.dim():
-        return torch.cat([t, t.narrow(dim, 0, min(1, t.size(dim)))], dim)
-    if kind == 2:
-        return t.unsqueeze(r.randint(0, t.dim()))
-    if kind == 3:
-        return t.flatten()
-    if kind == 4:
-        return t.to(r.choice([torch.float64, torch.float16, torch.int64, torch.bool]))
-    if kind == 5 and t.dim():
-        return t.narrow(dim, 0, 0)
-    if kind == 6:
-        return torch.empty_like(t, device="meta")
-    if kind == 7:
-        return t.transpose(0, -1) if t.dim() > 1 else t
-    return t.new_zeros(()).expand(t.shape)
 
 
 def spoilt_sizes(r: random.Random, sizes: Tensor | None) -> Tensor | None:
@@ -157,15 +137,6 @@ def spoilt_list(r: random.Random, value: list[Tensor], call: Arguments) -> list[
     return value
 
 
-def outcome(op: Callable, arguments: list) -> str:
-    """ "refused" or "computed"; every other exception goes through."""
-    try:
-        op(*arguments)
-    except REFUSALS:
-        return "refused"
-    return "computed"
-
-
 @pytest.mark.parametrize("op", NAMES)
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1))
@@ -195,3 +166,43 @@ def test_kernel_and_reference_refuse_the_same_calls(op: str, seed: int) -> None:
         return
     kernel = outcome(getattr(torch.ops.seqkern, op).default, arguments)
     assert kernel == outcome(getattr(module, f"_{op}"), arguments)
+
+
+# ---- additive attention -------------------------------------------------------------------
+
+ADDITIVE = "additive_attention", "additive_attention_backward"
+
+
+def additive_call(r: random.Random) -> list[Any]:
+    """What the backward takes, but for the flags: gradients, results, the forward's arguments."""
+    dtype = r.choice([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    B, Tq, Tk, D, Dv = (r.choice(n) for n in ([0, 1, 3], [0, 1, 4], [0, 1, 6], [1, 9, 70], [1, 5]))
+    shapes = (B, Tq, D), (B, Tk, D), (B, Tk, Dv), (D,)
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    shape = [r.choice([1, n]) for n in (B, Tq, Tk)]
+    mask = torch.rand(shape) > 0.3 if r.random() < 0.5 else None
+    bias = torch.randn(shape).to(r.choice([dtype, torch.float32])) if r.random() < 0.5 else None
+    k_lens = torch.randint(-2, Tk + 3, (B,), dtype=torch.int32) if r.random() < 0.5 else None
+    args = [*inputs, mask, bias, k_lens, r.choice([1.0, -0.3, 0.0])]
+    o, weights, lse = additive_reference.additive_attention(*args, True)
+    grads = [torch.ones_like(t) if r.random() < 0.7 else None for t in (weights, lse)]
+    return [torch.ones_like(o), *grads, o, lse, *args]
+
+
+@pytest.mark.parametrize("op", ADDITIVE)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_additive_ops_refuse_what_the_reference_refuses(op: str, seed: int) -> None:
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    call, spoilt = additive_call(r), r.choice([0, 1, 1, 2])
+    for _ in range(spoilt):
+        at = r.randrange(len(call) - 1)
+        call[at] = r.choice([call[0], call[5]]) if call[at] is None else spoilt_tensor(r, call[at])
+    forward = op == ADDITIVE[0]
+    arguments = [*call[5:], True] if forward else [*call, *(r.random() < 0.7 for _ in range(5))]
+    kernel = outcome(getattr(torch.ops.seqkern, op).default, arguments)
+    assert spoilt or kernel == "computed"
+    if not any(isinstance(t, Tensor) and t.device.type == "meta" for t in arguments):
+        behind = additive._reference if forward else additive._reference_backward
+        assert kernel == outcome(behind, arguments)
