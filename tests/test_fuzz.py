@@ -7,7 +7,6 @@ to the reference behind it, which must refuse the same calls.
 """
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from seqkern.ops import recurrent as module
 from seqkern.reference import additive as additive_reference
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
-
 from tests.fuzzing import outcome, spoilt_tensor
 
 Arguments = dict[str, Any]
