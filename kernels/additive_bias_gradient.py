@@ -19,7 +19,7 @@ from .additive_arguments import SIZES, Arguments, plane, view
 from .additive_gradients import Scores, score_gradients
 from .additive_table import Config
 from .additive_tile import side
-from .tile import Limits, bounds, offsets
+from .tile import Limits, bounds, store_plane
 
 
 @triton.jit(do_not_specialize=(*SIZES, "tiles_i", "tiles_j", "repeat_b", "repeat_i", "repeat_j"))
@@ -53,21 +53,10 @@ def dbias_kernel(
             for n in tl.range(tile_j, last):
                 _, ds = score_gradients(own, other, of, b, i0, n * BLOCK_N, limits, C, False)
                 acc += ds
-    i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    size_i = max_q
-    size_j = max_k
-    if SUM_I:
-        acc = tl.sum(acc, 0)[None, :]
-        i = tile_i + tl.arange(0, 1)[:, None]
-        size_i = 1
-    if SUM_J:
-        acc = tl.sum(acc, 1)[:, None]
-        j = tile_j + tl.arange(0, 1)[None, :]
-        size_j = 1
     ptr = dbias.ptr + own_b.to(tl.int64) * dbias.b
-    ptrs = ptr + offsets(i, dbias.i, C.I64) + offsets(j, dbias.j, C.I64)
-    tl.store(ptrs, acc.to(dbias.ptr.dtype.element_ty), mask=(i < size_i) & (j < size_j))
+    store_plane(
+        ptr, dbias, acc, tile_i, tile_j, max_q, max_k, BLOCK_M, BLOCK_N, SUM_I, SUM_J, C.I64
+    )
 
 
 def bias_gradient(

@@ -24,9 +24,9 @@ from .tile import (
     bounds,
     key_range,
     load_rows,
-    offsets,
     row_base,
     shift_of,
+    store_plane,
 )
 
 
@@ -97,21 +97,10 @@ def dbias_kernel(
                         x, tl.trans(y), of.at, j, h, slope, total[:, None], of, C, True
                     )
                     acc += score_gradients(p, u, tl.trans(w), of.at, j, h, d, of, C)
-    i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    size_i = max_q
-    size_j = max_k
-    if SUM_I:
-        acc = tl.sum(acc, 0)[None, :]
-        i = tile_i + tl.arange(0, 1)[:, None]
-        size_i = 1
-    if SUM_J:
-        acc = tl.sum(acc, 1)[:, None]
-        j = tile_j + tl.arange(0, 1)[None, :]
-        size_j = 1
     ptr = dbias.ptr + own_b.to(tl.int64) * dbias.b + own_h.to(tl.int64) * dbias.h
-    ptrs = ptr + offsets(i, dbias.i, C.I64) + offsets(j, dbias.j, C.I64)
-    tl.store(ptrs, acc.to(dbias.ptr.dtype.element_ty), mask=(i < size_i) & (j < size_j))
+    store_plane(
+        ptr, dbias, acc, tile_i, tile_j, max_q, max_k, BLOCK_M, BLOCK_N, SUM_I, SUM_J, C.I64
+    )
 
 
 def bias_gradient(

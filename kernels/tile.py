@@ -383,3 +383,28 @@ def load_plane(plane, b, h, i, j, limits, I64: tl.constexpr):
     ptr = plane.ptr + b.to(tl.int64) * plane.b + h.to(tl.int64) * plane.h
     ptrs = ptr + (offsets(i, plane.i, I64) + offsets(j, plane.j, I64))
     return tl.load(ptrs, mask=(i < limits.q_len) & (j < limits.k_len), other=0)
+
+
+@triton.jit
+def store_plane(
+    ptr, plane, x, tile_i, tile_j, size_i, size_j, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUM_I: tl.constexpr, SUM_J: tl.constexpr, I64: tl.constexpr,
+):  # fmt: skip
+    """Writes x (BLOCK_M, BLOCK_N) to a tile of one head of a Plane, at ptr, of size_i x size_j.
+
+    SUM_I, SUM_J: x is summed over that side first, of which the plane has one for all.
+    """
+    i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    rows = size_i
+    columns = size_j
+    if SUM_I:
+        x = tl.sum(x, 0)[None, :]
+        i = tile_i + tl.arange(0, 1)[:, None]
+        rows = 1
+    if SUM_J:
+        x = tl.sum(x, 1)[:, None]
+        j = tile_j + tl.arange(0, 1)[None, :]
+        columns = 1
+    ptrs = ptr + offsets(i, plane.i, I64) + offsets(j, plane.j, I64)
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=(i < rows) & (j < columns))

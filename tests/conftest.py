@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: one seed, one thread, and the GPU marker."""
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,6 +16,21 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The instruction set that a test runs on, an indirect parameter, if the processor has it."""
+    if request.param in ("any", "reference"):
+        yield request.param
+        return
+    before = torch.ops.seqkern.cpu_capability()
+    try:
+        torch.ops.seqkern.set_cpu_capability(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    torch.ops.seqkern.set_cpu_capability(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

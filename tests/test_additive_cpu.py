@@ -1,7 +1,6 @@
 """The C++ kernels of additive attention: promises on bits, the range of each form, awkward sizes,
 errors against float64, and what the binding refuses; tests/test_fuzz.py has the raw calls."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,17 +18,9 @@ pytestmark = pytest.mark.skipif(
     not has_native_kernel("additive_attention", "cpu"),
     reason="promises of the C++ kernels, which were not built",
 )
-
-
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = OPS.cpu_capability()
-    try:
-        OPS.set_cpu_capability(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    OPS.set_cpu_capability(before)
+every_capability = pytest.mark.parametrize(
+    "capability", ["avx512", "avx2", "portable"], indirect=True
+)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -103,6 +94,7 @@ def assert_near_exact(inputs, names=NAMES, **options: Any) -> None:
 @pytest.mark.parametrize(
     "sizes", [(5, 7, 9, 17, 5), (5, 1, 33, 70, 20), (3, 140, 5, 3, 1)], ids=str
 )
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_bits_depend_neither_on_threads_nor_on_the_batch(sizes, dtype) -> None:
     torch.manual_seed(0)
@@ -141,6 +133,7 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(sizes, dtype) -> None:
 
 
 @pytest.mark.parametrize("Tq", [1, 6])
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_a_gradient_has_the_same_bits_alone(Tq: int) -> None:
     torch.manual_seed(0)
@@ -158,6 +151,7 @@ def test_a_gradient_has_the_same_bits_alone(Tq: int) -> None:
 
 @pytest.mark.parametrize("D", [1, 3, 15, 16, 17, 64, 511, 1024])
 @pytest.mark.parametrize("Dv", [1, 15, 33])
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_sizes_around_the_vectors(D: int, Dv: int) -> None:
     torch.manual_seed(D + Dv)
@@ -167,6 +161,7 @@ def test_sizes_around_the_vectors(D: int, Dv: int) -> None:
 
 @pytest.mark.parametrize("Tk", [0, 1, 2, 5, 33, 70])
 @pytest.mark.parametrize("Tq", [0, 1, 2, 5, 33, 130])
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_sizes_around_the_tiles(Tq: int, Tk: int) -> None:
     torch.manual_seed(Tq + Tk)
@@ -176,6 +171,7 @@ def test_sizes_around_the_tiles(Tq: int, Tk: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("Tq", [1, 2, 9])
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_dtypes(Tq: int, dtype: torch.dtype) -> None:
     torch.manual_seed(Tq)
@@ -188,6 +184,7 @@ def test_dtypes(Tq: int, dtype: torch.dtype) -> None:
     "size", [1e-30, 1e-4, 0.01, 0.2, 0.24, 0.3, 2.0, 5.2, 5.3, 19.9, 50.0, 1e4]
 )
 @pytest.mark.parametrize("Tq", [1, 5])
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_arguments_of_every_size(size: float, Tq: int, dtype: torch.dtype) -> None:
     """Up to each change of form and beyond it: queries and keys are uniform in [-size, size]."""
@@ -201,6 +198,7 @@ def test_arguments_of_every_size(size: float, Tq: int, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("Tq", [1, 6])
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_tokens_of_different_sizes_side_by_side(Tq: int) -> None:
     """Every form in one tile, and infinities of both signs."""
@@ -216,6 +214,7 @@ def test_tokens_of_different_sizes_side_by_side(Tq: int) -> None:
 
 @pytest.mark.parametrize("size", [1e-20, 1e3, 1e12, 1e30])
 @pytest.mark.parametrize("Tq", [1, 5])
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_large_and_small_v(size: float, Tq: int) -> None:
     torch.manual_seed(9)
@@ -236,6 +235,7 @@ def test_large_and_small_v(size: float, Tq: int) -> None:
 
 
 @pytest.mark.parametrize("Tq", [1, 6, 9])
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_a_nan_stays_where_it_is(Tq: int) -> None:
     torch.manual_seed(1)
@@ -256,6 +256,7 @@ def test_a_nan_stays_where_it_is(Tq: int) -> None:
 
 @pytest.mark.parametrize("Tq", [1, 6])
 @pytest.mark.parametrize("what", [torch.nan, torch.inf])
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_what_is_left_out_is_not_seen(Tq: int, what: float) -> None:
     """By length, by a mask, by -inf; keys, values, and the gradients of rows without anything."""
@@ -280,6 +281,7 @@ def test_what_is_left_out_is_not_seen(Tq: int, what: float) -> None:
     assert (clean["lse"][2] == -torch.inf).all()
 
 
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_a_masked_value_is_not_seen_by_one_query_and_is_by_another() -> None:
     inputs = inputs_of(1, 4, 6, 5, 3)
@@ -292,6 +294,7 @@ def test_a_masked_value_is_not_seen_by_one_query_and_is_by_another() -> None:
     assert o[0, 2:, 0].isfinite().all()
 
 
+@every_capability
 @pytest.mark.usefixtures("capability")
 def test_strides_of_every_kind() -> None:
     torch.manual_seed(4)

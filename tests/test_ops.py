@@ -1,7 +1,5 @@
 """Every op on every case: values and gradients, derivatives, torch.library, layouts, dtypes."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -34,21 +32,6 @@ every_case = pytest.mark.parametrize("case", CASES, ids=by_name)
 every_small_case = pytest.mark.parametrize("case", SMALL, ids=by_name)
 every_kernel = pytest.mark.parametrize(("case", "capability"), KERNELS, indirect=["capability"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
-
-
-@pytest.fixture
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test on one instruction set, if the processor has it."""
-    if request.param in ("any", "reference"):
-        yield request.param
-        return
-    before = torch.ops.seqkern.cpu_capability()
-    try:
-        torch.ops.seqkern.set_cpu_capability(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    torch.ops.seqkern.set_cpu_capability(before)
 
 
 def leaves(case: OpCase, dtype: torch.dtype, grad: bool = True) -> list[Tensor]:

@@ -1,8 +1,6 @@
 """What the C++ kernels of the recurrent ops promise: the same bits in any batch, on any number of
 threads, wherever the inputs lie."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,21 +13,11 @@ from tests.recurrent_layers import layer_arguments
 
 CAPABILITIES = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 
+every_capability = pytest.mark.parametrize("capability", CAPABILITIES, indirect=True)
 every_mode = pytest.mark.parametrize("mode", list(GATES))
 pytestmark = pytest.mark.skipif(
     not has_native_kernel("recurrent", "cpu"), reason="a promise of the C++ kernels: not built"
 )
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = torch.ops.seqkern.cpu_capability()
-    try:
-        torch.ops.seqkern.set_cpu_capability(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    torch.ops.seqkern.set_cpu_capability(before)
 
 
 def forward_and_dx(mode: str, x: Tensor, h0, c0, weights, batch_sizes=None):
@@ -50,6 +38,7 @@ def own_kernels():
     torch.use_deterministic_algorithms(False)
 
 
+@every_capability
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @every_mode
 @pytest.mark.usefixtures("own_kernels")
@@ -63,6 +52,7 @@ def test_a_row_has_the_same_bits_in_any_batch(mode: str, dtype, capability: str)
         assert all(torch.equal(a[:, :1], b) for a, b in zip(batch, alone, strict=True)), B
 
 
+@every_capability
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("T", [1, 2])
 @pytest.mark.usefixtures("own_kernels")
@@ -99,6 +89,7 @@ def test_bits_do_not_depend_on_where_the_inputs_lie(mode: str, B: int, threads: 
             assert all(torch.equal(a, b) for a, b in zip(run, same[0], strict=True))
 
 
+@every_capability
 @every_mode
 def test_a_ragged_row_has_the_bits_it_has_alone(mode: str, capability: str) -> None:
     lengths, I, H = [9, 9, 7, 4, 4, 1], 9, 40
