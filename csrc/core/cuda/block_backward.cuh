@@ -1,0 +1,158 @@
+// The backward of one direction and one slice of the batch, all steps in one block, in the opposite
+// order of the forward. It finds the gradients of the pre-activations, dg, and those of the initial
+// states; dx, dW and db are products and sums over the rows of dg afterwards.
+#pragma once
+#include "core/cuda/block_product.cuh"
+#include "core/cuda/block_slice.cuh"
+#include "core/cuda/cells.cuh"
+
+namespace seqkern::cuda {
+
+template <Mode M, class S>
+struct BlockBackwardPass {
+  using K = Cell<M>;
+  static constexpr int G = K::kGates;
+
+  // What a step reads of one unit of one row, on its way from global memory.
+  struct Kept {
+    S gates[4], c, c_prev, h_prev, y, dy;
+  };
+
+  const BlockBackward& p;
+  const Slice me;
+  S* const states;  // two copies of dg, (kSliceRows, row) each, the gates `depth` apart
+  float dh[4], dc[4];
+
+  SK_DEVICE BlockBackwardPass(const BlockBackward& p_, char* shared)
+      : p(p_), me(p_.s), states(reinterpret_cast<S*>(shared + p_.s.plan.weights)) {}
+
+  SK_DEVICE S* copy(int64_t step) const { return states + (step & 1) * kSliceRows * p.s.plan.row; }
+
+  // The step of the forward that the backward comes to as `step`.
+  SK_DEVICE int64_t time(int64_t step) const { return me.time(me.steps - 1 - step); }
+
+  SK_DEVICE void fetch(int64_t step, Kept (&kept)[4]) const {
+    if (step >= me.steps) return;
+    const int64_t t = time(step);
+    SK_UNROLL
+    for (int e = 0; e < 4; ++e)
+      if (me.alive(t, e)) fetch_one(t, e, kept[e]);
+  }
+
+  SK_DEVICE void fetch_one(int64_t t, int e, Kept& k) const {
+    const int64_t H = p.s.H, D = p.s.D, n = me.offset(t) + me.row(e), at = me.d * p.s.N + n;
+    const int64_t unit = me.unit(e), state = (me.d * p.s.B + me.row(e)) * H + unit;
+    const int64_t before = me.d == 0 ? t - 1 : t + 1;
+    const bool carried = before >= 0 && before < me.length[e % 2];
+    const int64_t n_prev = carried ? me.offset(before) + me.row(e) : 0;
+    auto read = [](const void* from, int64_t i) {
+      return device::load(static_cast<const S*>(from) + i);
+    };
+    if (K::kSaved) {
+      SK_UNROLL
+      for (int q = 0; q < 4; ++q) k.gates[q] = read(p.gates, at * 4 * H + q * H + unit);
+    }
+    if (K::kHasC) {
+      k.c = read(p.cells, at * H + unit);
+      k.c_prev = carried ? read(p.cells, (me.d * p.s.N + n_prev) * H + unit) : read(p.c0, state);
+    }
+    if (K::kReadsH)
+      k.h_prev = carried ? read(p.y, (n_prev * D + me.d) * H + unit) : read(p.h0, state);
+    if (K::kReadsY) k.y = read(p.y, (n * D + me.d) * H + unit);
+    if (p.dy)
+      k.dy = read(p.dy, (n * D + me.d) * H + unit);
+    else
+      device::from_float(k.dy, 0.0f);
+  }
+
+  SK_DEVICE void prepare() {
+    clear_states(states, p.s.plan);
+    SK_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      dh[e] = me.state<S>(p.dh_n, e);
+      dc[e] = K::kHasC ? me.state<S>(p.dc_n, e) : 0.0f;
+    }
+    device::sync_threads();
+  }
+
+  // dh += W_hh^T dg of the step before; dead rows have dg = 0 and keep what they had.
+  SK_DEVICE void recur(const Product<S, G, true>& product, int64_t step) {
+    float sums[G][4];
+    product.run(copy(step), sums);
+    SK_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      SK_UNROLL
+      for (int q = 0; q < G; ++q) dh[e] += sums[q][e];
+    }
+  }
+
+  SK_DEVICE void run(const Product<S, G, true>& product) {
+    Kept next[4];
+    fetch(0, next);
+    for (int64_t step = 0; step < me.steps; ++step) {
+      Kept now[4];
+      SK_UNROLL
+      for (int e = 0; e < 4; ++e) now[e] = next[e];
+      fetch(step + 1, next);
+      if (step > 0) recur(product, step);
+      SK_UNROLL
+      for (int e = 0; e < 4; ++e) retreat(time(step), e, now[e], copy(step + 1));
+      device::sync_threads();
+    }
+    recur(product, me.steps);
+    SK_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      me.put_state<S>(p.dh0, e, dh[e]);
+      if (K::kHasC) me.put_state<S>(p.dc0, e, dc[e]);
+    }
+  }
+
+  SK_DEVICE void retreat(int64_t t, int e, const Kept& kept, S* to) {
+    float dg[K::kColumns];
+    SK_UNROLL
+    for (int q = 0; q < K::kColumns; ++q) dg[q] = 0.0f;
+    const bool alive = me.alive(t, e);
+    if (alive) step_cell(kept, e, dg);
+    const int64_t H = p.s.H, at = me.d * p.s.N + (alive ? me.offset(t) + me.row(e) : 0);
+    SK_UNROLL
+    for (int q = 0; q < K::kColumns; ++q) {
+      S value;
+      device::from_float(value, dg[q]);
+      if (alive)
+        device::store(static_cast<S*>(p.dg) + (at * K::kColumns + q) * H + me.unit(e), value);
+      SK_UNROLL
+      for (int gate = 0; gate < G; ++gate)
+        if (K::column(gate) == q && me.unit(e) < H)
+          device::store(to + me.local_row(e) * p.s.plan.row + gate * p.s.plan.depth + me.unit(e),
+                        value);
+    }
+  }
+
+  SK_DEVICE void step_cell(const Kept& kept, int e, float* dg) {
+    CellGradient k{};
+    if (K::kSaved) {
+      SK_UNROLL
+      for (int q = 0; q < 4; ++q) k.saved[q] = device::to_float(kept.gates[q]);
+    }
+    if (K::kHasC) k.c = device::to_float(kept.c), k.c_prev = device::to_float(kept.c_prev);
+    if (K::kReadsH) k.h_prev = device::to_float(kept.h_prev);
+    if (K::kReadsY) k.y = device::to_float(kept.y);
+    k.dh = dh[e] + device::to_float(kept.dy);
+    k.dc = dc[e];
+    K::backward(k, dg, p.s.relu);
+    dh[e] = k.dh, dc[e] = k.dc;
+  }
+};
+
+template <Mode M, class S>
+SK_KERNEL(kMaxWarps * 32)
+block_backward(const BlockBackward p) {
+  char* const shared = device::shared_memory();
+  const int d = device::block_y();
+  BlockBackwardPass<M, S> pass(p, shared);
+  const Product<S, Cell<M>::kGates, true> product(p.s.plan, p.w_hh[d], p.s.H, shared);
+  pass.prepare();
+  pass.run(product);
+}
+
+}  // namespace seqkern::cuda

@@ -1,0 +1,182 @@
+// The products with W_hh of one warp: 16 hidden units, the 8 rows of the slice, each gate.
+//
+// Lane 4 u + r of a warp holds, in every array of four, the units u and u + 8 for the rows 2 r and
+// 2 r + 1: [0] (u, 2r), [1] (u, 2r + 1), [2] (u + 8, 2r), [3] (u + 8, 2r + 1). That is how PTX lays
+// down the accumulators of m16n8k16, and the other product follows it, so that all gates of a unit
+// meet in one thread and the cell needs no exchange.
+//
+// Forward: sums[q] = W_hh[q] h, k over the units. Backward (kTransposed): sums[q] = W_hh[q]^T
+// dg[q], whose total over q is the gradient of h. The terms of a sum are added in the order of k,
+// for every row alike, whatever the batch.
+#pragma once
+#include "core/cuda/block.h"
+#include "core/cuda/device.cuh"
+
+namespace seqkern::cuda {
+
+struct Lane {
+  int warp, lane, unit, row;  // unit and row: of the slice, of element [0]
+};
+
+SK_DEVICE Lane this_lane() {
+  const int thread = device::thread_index(), lane = thread % 32;
+  return {thread / 32, lane, thread / 32 * kWarpUnits + lane / 4, lane % 4 * 2};
+}
+
+// The weight between output `unit` and input k of gate q; 0 beyond the matrix.
+template <class S, bool kTransposed>
+SK_DEVICE S weight(const void* w, int64_t H, int q, int64_t unit, int64_t k) {
+  S zero;
+  device::from_float(zero, 0.0f);
+  if (unit >= H || k >= H) return zero;
+  const int64_t at = kTransposed ? (q * H + k) * H + unit : (q * H + unit) * H + k;
+  return device::load(static_cast<const S*>(w) + at);
+}
+
+// 16-bit matrices through the tensor cores. The first kHeld tiles of k stay in registers; the
+// others in shared memory, in the order in which the lanes read them, 16 bytes at a time.
+template <class S, int G, bool kTransposed>
+struct Product {
+  static constexpr int kHeld = held_tiles(G, kTransposed);
+
+  uint32_t held[kHeld][G][4];
+  device::Words4* rest;
+  int tiles, depth, row;
+  Lane me;
+
+  SK_DEVICE Product(const BlockPlan& plan, const void* w, int64_t H, char* shared)
+      : tiles(plan.depth / kTile), depth(plan.depth), row(plan.row), me(this_lane()) {
+    const int64_t fragments = tiles > kHeld ? (tiles - kHeld) * G : 0;
+    rest = reinterpret_cast<device::Words4*>(shared) + me.warp * fragments * 32 + me.lane;
+    SK_UNROLL
+    for (int tile = 0; tile < kHeld; ++tile) {
+      SK_UNROLL
+      for (int q = 0; q < G; ++q) fragment(w, H, q, tile, held[tile][q]);
+    }
+    SK_NO_UNROLL
+    for (int tile = kHeld; tile < tiles; ++tile) {
+      SK_NO_UNROLL
+      for (int q = 0; q < G; ++q) {
+        device::Words4 words;
+        fragment(w, H, q, tile, words.v);
+        device::store(rest + ((tile - kHeld) * G + q) * 32, words);
+      }
+    }
+  }
+
+  SK_DEVICE void fragment(const void* w, int64_t H, int q, int tile, uint32_t (&a)[4]) const {
+    const int64_t k = tile * kTile + me.row;
+    a[0] = pair(w, H, q, me.unit, k);
+    a[1] = pair(w, H, q, me.unit + 8, k);
+    a[2] = pair(w, H, q, me.unit, k + 8);
+    a[3] = pair(w, H, q, me.unit + 8, k + 8);
+  }
+
+  static SK_DEVICE uint32_t pair(const void* w, int64_t H, int q, int64_t unit, int64_t k) {
+    const S low = weight<S, kTransposed>(w, H, q, unit, k);
+    const S high = weight<S, kTransposed>(w, H, q, unit, k + 1);
+    return low.bits | uint32_t(high.bits) << 16;
+  }
+
+  // `b`: the rows of h, or of dg with the gates side by side, `depth` apart.
+  SK_DEVICE void run(const S* b, float (&sums)[G][4]) const {
+    const S* mine = b + me.lane / 4 * row + me.row;
+    SK_UNROLL
+    for (int q = 0; q < G; ++q) {
+      SK_UNROLL
+      for (int e = 0; e < 4; ++e) sums[q][e] = 0.0f;
+    }
+    SK_UNROLL
+    for (int tile = 0; tile < kHeld; ++tile)
+      if (tile < tiles) add_tile(mine + tile * kTile, held[tile], sums);
+    SK_NO_UNROLL
+    for (int tile = kHeld; tile < tiles; ++tile) {
+      uint32_t a[G][4];
+      SK_UNROLL
+      for (int q = 0; q < G; ++q) {
+        const device::Words4 words = device::load(rest + ((tile - kHeld) * G + q) * 32);
+        SK_UNROLL
+        for (int i = 0; i < 4; ++i) a[q][i] = words.v[i];
+      }
+      add_tile(mine + tile * kTile, a, sums);
+    }
+  }
+
+  SK_DEVICE void add_tile(const S* b, const uint32_t (&a)[G][4], float (&sums)[G][4]) const {
+    uint32_t b0 = 0, b1 = 0;
+    SK_UNROLL
+    for (int q = 0; q < G; ++q) {
+      if (q == 0 || kTransposed) {
+        const uint32_t* words =
+            reinterpret_cast<const uint32_t*>(b + (kTransposed ? q * depth : 0));
+        b0 = device::load(words), b1 = device::load(words + 4);
+      }
+      device::multiply_add(sums[q], a[q], b0, b1, S{});
+    }
+  }
+};
+
+// fp32 by fused multiply-adds, all weights in shared memory: for each warp and gate, four k of
+// the 16 units side by side.
+template <int G, bool kTransposed>
+struct Product<float, G, kTransposed> {
+  const device::Floats4* weights;
+  int depth, row;
+  Lane me;
+
+  SK_DEVICE Product(const BlockPlan& plan, const void* w, int64_t H, char* shared)
+      : depth(plan.depth), row(plan.row), me(this_lane()) {
+    const int quads = depth / 4;
+    device::Floats4* mine =
+        reinterpret_cast<device::Floats4*>(shared) + int64_t(me.warp) * G * quads * kWarpUnits;
+    SK_NO_UNROLL
+    for (int i = me.lane; i < G * quads * kWarpUnits; i += 32) {
+      const int unit = i % kWarpUnits, k = i / kWarpUnits % quads * 4;
+      device::Floats4 four;
+      SK_UNROLL
+      for (int j = 0; j < 4; ++j)
+        four.v[j] = weight<float, kTransposed>(w, H, i / kWarpUnits / quads,
+                                               me.warp * kWarpUnits + unit, k + j);
+      device::store(mine + i, four);
+    }
+    weights = mine + me.lane / 4;
+  }
+
+  SK_DEVICE void run(const float* b, float (&sums)[G][4]) const {
+    const int quads = depth / 4;
+    const device::Floats4* rows[2] = {
+        reinterpret_cast<const device::Floats4*>(b + me.row * row),
+        reinterpret_cast<const device::Floats4*>(b + (me.row + 1) * row)};
+    SK_UNROLL
+    for (int q = 0; q < G; ++q) {
+      SK_UNROLL
+      for (int e = 0; e < 4; ++e) sums[q][e] = 0.0f;
+    }
+    SK_NO_UNROLL
+    for (int k = 0; k < quads; ++k) {
+      device::Floats4 x[2];
+      SK_UNROLL
+      for (int q = 0; q < G; ++q) {
+        if (q == 0 || kTransposed)
+          for (int r = 0; r < 2; ++r)
+            x[r] = device::load(rows[r] + (kTransposed ? q * quads : 0) + k);
+        add_quad(device::load(weights + (q * quads + k) * kWarpUnits),
+                 device::load(weights + (q * quads + k) * kWarpUnits + 8), x, sums[q]);
+      }
+    }
+  }
+
+  static SK_DEVICE void add_quad(const device::Floats4& low, const device::Floats4& high,
+                                 const device::Floats4 (&x)[2], float (&sums)[4]) {
+    SK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      SK_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        sums[r] = device::fused(low.v[j], x[r].v[j], sums[r]);
+        sums[2 + r] = device::fused(high.v[j], x[r].v[j], sums[2 + r]);
+      }
+    }
+  }
+};
+
+}  // namespace seqkern::cuda

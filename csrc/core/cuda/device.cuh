@@ -1,0 +1,115 @@
+// What kernels ask of the machine: indices, barriers, asynchronous copies, products of matrices,
+// conversions. nvcc compiles this to instructions; any other compiler gets the same functions from
+// an emulator (simt.h, on the include path of the tests), so that the text of a kernel is one.
+#pragma once
+#include <cstdint>
+
+#include "core/cpu/types.h"
+
+#ifdef __CUDACC__
+#define SK_DEVICE __device__ __forceinline__
+// At most `threads` threads in a block, one block on a multiprocessor.
+#define SK_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define SK_UNROLL _Pragma("unroll")
+#define SK_NO_UNROLL _Pragma("unroll 1")
+#else
+#define SK_DEVICE inline
+#define SK_KERNEL(threads) inline void
+#define SK_UNROLL
+#define SK_NO_UNROLL
+#endif
+
+namespace seqkern::device {
+
+struct alignas(16) Words4 {
+  uint32_t v[4];
+};
+struct alignas(16) Floats4 {
+  float v[4];
+};
+
+}  // namespace seqkern::device
+
+#ifndef __CUDACC__
+#include "simt.h"
+#else
+
+namespace seqkern::device {
+
+SK_DEVICE int thread_index() { return threadIdx.x; }
+SK_DEVICE int thread_count() { return blockDim.x; }
+SK_DEVICE int block_x() { return blockIdx.x; }
+SK_DEVICE int block_y() { return blockIdx.y; }
+SK_DEVICE void sync_threads() { __syncthreads(); }
+
+// The block's shared memory, of the size given at the launch.
+SK_DEVICE char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+template <class X>
+SK_DEVICE X load(const X* p) {
+  return *p;
+}
+template <class X>
+SK_DEVICE void store(X* p, X value) {
+  *p = value;
+}
+
+// Copies 4 bytes from global to shared memory. They are there for this thread after
+// wait_copies<n>(), with at most n later calls of commit_copies().
+SK_DEVICE void copy_async(float* shared, const float* global) {
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
+}
+SK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+SK_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// c += a b over a warp: a is 16 x 16, b 16 x 8, c 16 x 8, spread over the lanes as PTX lays down
+// for mma.m16n8k16.
+SK_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+SK_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+SK_DEVICE float to_float(float x) { return x; }
+SK_DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+SK_DEVICE float to_float(f16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+// Rounded to the nearest, ties to even.
+SK_DEVICE void from_float(float& y, float x) { y = x; }
+SK_DEVICE void from_float(bf16& y, float x) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+}
+SK_DEVICE void from_float(f16& y, float x) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+}
+
+// CUDA's own, without --use_fast_math: at most 2 units in the last place off, NaN kept.
+SK_DEVICE float exp(float x) { return expf(x); }
+SK_DEVICE float tanh(float x) { return tanhf(x); }
+// 1 unit in the last place off; 0 for infinity. Division proper would call a function for some x.
+SK_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+SK_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+
+}  // namespace seqkern::device
+#endif

@@ -1,0 +1,149 @@
+"""The recurrent ops on CUDA where one thread block holds the layer: the large products in PyTorch,
+all time steps in one launch.
+
+The launches are arguments, so that the same code runs around the kernels on a GPU and around the
+emulated ones in the tests.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqkern.reference.cells import GATES
+from seqkern.reference.recurrent import keep_dtypes
+
+Forward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class BlockWeights(NamedTuple):
+    """The weights of every direction by kind; the biases are empty lists where there are none."""
+
+    w_ih: list[Tensor]
+    w_hh: list[Tensor]
+    b_ih: list[Tensor]
+    b_hh: list[Tensor]
+
+
+def by_kind(weights: list[Tensor], directions: int) -> BlockWeights:
+    each = len(weights) // directions
+    kinds = [[w.contiguous() for w in weights[k::each]] for k in range(each)]
+    return BlockWeights(*kinds, *([] for _ in range(4 - each)))
+
+
+def refusal(
+    mode: str, x: Tensor, hidden: int, proj: bool, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why a layer does not run in one block of x's device, in `dtype` or x's own; None where it
+    does."""
+    dtype = dtype or x.dtype
+    if proj:
+        return "the CUDA kernels have no projection"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the CUDA kernels take float32, bfloat16 and float16, not {dtype}"
+    device = torch.cuda.current_device() if x.device.index is None else x.device.index
+    if not fits(mode, dtype != torch.float32, hidden, device):
+        return f"W_hh of {hidden} units does not fit one thread block of this GPU"
+    return None
+
+
+@functools.cache
+def fits(mode: str, half: bool, hidden: int, device: int) -> bool:
+    """What the device allows does not change, and asking it takes microseconds."""
+    return torch.ops.seqkern.recurrent_block_fits(mode, half, hidden, device)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, also of 16-bit matrices: rounding it before more is added would cost bits."""
+    with keep_dtypes(a.device):
+        if a.dtype == torch.float32:
+            return a @ b
+        if a.is_cuda:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return a.float() @ b.float()
+
+
+def forward(
+    launch: Forward,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    mode: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """seqkern::recurrent: y, h_n, c_n, gates and cells; the last two empty without `save`."""
+    directions = h0.size(0)
+    w = by_kind(weights, directions)
+    w_ih = w.w_ih[0] if directions == 1 else torch.cat(w.w_ih)
+    gx = product(x.reshape(-1, x.size(-1)), w_ih.t())
+    states = h0.contiguous(), None if c0 is None else c0.contiguous()
+    y, h_n, c_n, gates, cells = launch(gx, batch_sizes, *states, w.w_hh, w.b_ih, w.b_hh, mode, save)
+    return y.view(*x.shape[:-1], y.size(-1)), h_n, c_n, gates, cells
+
+
+def backward(
+    launch: Backward,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    saved: tuple[Tensor, Tensor, Tensor],
+    mode: str,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """seqkern::recurrent_backward: dx, dh0, dc0 and the gradients of the weights."""
+    directions, _, hidden = h0.shape
+    w = by_kind(weights, directions)
+    inputs = x.reshape(-1, x.size(-1))
+    y = saved[0].reshape(-1, directions * hidden).contiguous()
+    dy = None if grads[0] is None else grads[0].contiguous().view_as(y)
+    dstates = [None if g is None else g.contiguous() for g in grads[1:]]
+    states = h0.contiguous(), None if c0 is None else c0.contiguous()
+    kept = (y, saved[1].contiguous(), saved[2].contiguous())
+    dg, dh0, dc0 = launch(dy, *dstates, batch_sizes, *states, w.w_hh, *kept, mode)
+
+    n = GATES[mode] * hidden
+    dax = dg[..., :n]
+    # Of the GRU's four columns r z nx nh the recurrent product has r z nh.
+    dah = torch.cat([dg[..., : n - hidden], dg[..., n:]], -1) if mode == "GRU" else dg
+    dx = x.new_empty(0)
+    if need_dx:
+        total = product(dax[0], w.w_ih[0])
+        if directions == 2:
+            total = total + product(dax[1], w.w_ih[1])
+        dx = total.to(x.dtype).view(x.shape)
+    dweights: list[Tensor] = []
+    for d in range(directions) if need_dw else ():
+        h_prev = previous(y[:, d * hidden : (d + 1) * hidden], h0[d], batch_sizes, d == 1)
+        dweights += [product(dax[d].t(), inputs), product(dah[d].t(), h_prev)]
+        if w.b_ih:
+            dweights += [g.sum(0, dtype=torch.float32) for g in (dax[d], dah[d])]
+    return dx, dh0, dc0, [g.to(x.dtype) for g in dweights]
+
+
+def previous(y: Tensor, h0: Tensor, batch_sizes: Tensor | None, backwards: bool) -> Tensor:
+    """(N, H): the state that each step of one direction started from."""
+    batch = h0.size(0)
+    if batch_sizes is None:
+        pieces = [y[batch:], h0] if backwards else [h0, y[: y.size(0) - batch]]
+        return torch.cat(pieces)
+    sizes = batch_sizes.tolist()
+    offsets = (batch_sizes.cumsum(0) - batch_sizes).tolist()
+    # Places in [y; h0]: of the step before in the walk, or of the initial state.
+    places = []
+    for t, size in enumerate(sizes):
+        before = t + 1 if backwards else t - 1
+        alive = sizes[before] if 0 <= before < len(sizes) else 0
+        carried = min(size, alive)
+        start = offsets[before] if carried else 0
+        places.append(torch.arange(carried) + start)
+        places.append(torch.arange(carried, size) + y.size(0))
+    return torch.cat([y, h0])[torch.cat(places).to(y.device)]

@@ -1,0 +1,189 @@
+"""Builds the emulated kernels and launches them on CPU tensors, like the binding on CUDA ones."""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seqkern.reference.cells import GATES
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+BUILD = ROOT / "build/simt"
+MODES = list(GATES)
+TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+FLAGS = ["-O2", "-std=c++17", "-fno-strict-aliasing", "-Wall", "-Wextra", "-shared", "-fPIC"]
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("writable", ctypes.c_int64),
+    ]
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("T", "B", "H", "D", "N", "gx_row", "gx_direction", "seed")
+    ]
+
+
+def build(source: Path) -> ctypes.CDLL:
+    """The library of one file of tests/simt, compiled anew where anything it may read changed."""
+    read = [*HERE.glob("*.h"), *(ROOT / "csrc/core").rglob("*.h"), source]
+    read += (ROOT / "csrc/core/cuda").glob("*.cuh")
+    digest = hashlib.sha256("\0".join(FLAGS).encode())
+    for path in sorted(read):
+        digest.update(path.read_bytes())
+    target = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.so"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:  # other workers of the same run wait here
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            for old in BUILD.glob(f"{source.stem}-*.so"):
+                old.unlink()
+            compiler = shutil.which(os.environ.get("CXX", "g++"))
+            assert compiler, "the suite needs a C++ compiler, as the build does"
+            part = target.with_suffix(".part")
+            folders = [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+            command = [compiler, *FLAGS, *folders, str(source), "-o", str(part)]
+            subprocess.run(command, check=True, timeout=300)
+            part.rename(target)
+    return ctypes.CDLL(str(target))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    loaded = build(HERE / "block.cpp")
+    for function in (loaded.block_forward, loaded.block_backward):
+        function.restype = ctypes.c_char_p
+    loaded.block_shared.restype = ctypes.c_int64
+    return loaded
+
+
+def fits(mode: str, dtype: torch.dtype, hidden: int, limit: int) -> bool:
+    """Whether forward and backward fit a block with `limit` bytes of shared memory."""
+    of = MODES.index(mode), TYPES[dtype]
+    return bool(library().block_fits(*of, ctypes.c_int64(hidden), ctypes.c_int64(limit)))
+
+
+class Refused(AssertionError):
+    """The emulator saw the kernel do what a GPU must not be asked to do."""
+
+
+def poisoned(like: Tensor, *sizes: int) -> Tensor:
+    return torch.full(sizes, float("nan"), dtype=like.dtype)
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """The launches of one schedule: threads in turn (seed 0), or in a drawn order."""
+
+    seed: int = 0
+
+    def forward(
+        self,
+        gx: Tensor,
+        batch_sizes: Tensor | None,
+        h0: Tensor,
+        c0: Tensor | None,
+        w_hh: list[Tensor],
+        b_ih: list[Tensor],
+        b_hh: list[Tensor],
+        mode: str,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """seqkern::recurrent_block."""
+        directions, batch, hidden = h0.shape
+        n, lstm = gx.size(0), mode == "LSTM"
+        y, h_n = poisoned(h0, n, directions * hidden), poisoned(h0, *h0.shape)
+        c_n = poisoned(h0, *h0.shape) if lstm else h0.new_empty(0)
+        gates = cells = h0.new_empty(0)
+        if save and mode in ("LSTM", "GRU"):
+            gates = poisoned(h0, directions, n, 4 * hidden)
+        if save and lstm:
+            cells = poisoned(h0, directions, n, hidden)
+        rows = ragged_rows(batch_sizes, batch)
+        inputs = [*_split(rows, batch), gx, h0, c0, *_pair(w_hh), *_pair(b_ih), *_pair(b_hh)]
+        self._launch("block_forward", mode, h0, n, rows, inputs, [y, h_n, c_n, gates, cells])
+        return y, h_n, c_n, gates, cells
+
+    def backward(  # noqa: PLR0913 - the arguments of the op
+        self,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        batch_sizes: Tensor | None,
+        h0: Tensor,
+        c0: Tensor | None,
+        w_hh: list[Tensor],
+        y: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        mode: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """seqkern::recurrent_block_backward."""
+        directions, batch, hidden = h0.shape
+        columns = 1 if mode.startswith("RNN") else 4
+        dg = poisoned(h0, directions, y.size(0), columns * hidden)
+        dh0 = poisoned(h0, *h0.shape)
+        dc0 = h0.new_empty(0) if c0 is None else poisoned(h0, *h0.shape)
+        rows = ragged_rows(batch_sizes, batch)
+        inputs = [*_split(rows, batch), h0, c0, *_pair(w_hh), y, gates, cells, dy, dh_n, dc_n]
+        self._launch("block_backward", mode, h0, y.size(0), rows, inputs, [dg, dh0, dc0])
+        return dg, dh0, dc0
+
+    def _launch(
+        self,
+        kernel: str,
+        mode: str,
+        h0: Tensor,
+        n: int,
+        rows: Tensor | None,
+        inputs: Sequence[Tensor | None],
+        outputs: Sequence[Tensor],
+    ) -> None:
+        directions, batch, hidden = h0.shape
+        steps = n // max(batch, 1) if rows is None else rows.numel() - batch
+        width = GATES[mode] * hidden
+        sizes = _Sizes(steps, batch, hidden, directions, n, directions * width, width, self.seed)
+        tensors = [_tensor(t, False) for t in inputs] + [_tensor(t, True) for t in outputs]
+        listed = (_Tensor * len(tensors))(*tensors)
+        of = MODES.index(mode), TYPES[h0.dtype]
+        message = getattr(library(), kernel)(*of, ctypes.byref(sizes), listed)
+        if message:
+            raise Refused(message.decode())
+
+
+def ragged_rows(batch_sizes: Tensor | None, batch: int) -> Tensor | None:
+    """(B + T,) int64: the length of every row, then the rows before every step."""
+    if batch_sizes is None:
+        return None
+    lengths = (batch_sizes > torch.arange(batch)[:, None]).sum(1)
+    return torch.cat([lengths, batch_sizes.cumsum(0) - batch_sizes])
+
+
+def _split(rows: Tensor | None, batch: int) -> list[Tensor | None]:
+    return [None, None] if rows is None else [rows[:batch], rows[batch:]]
+
+
+def _pair(tensors: list[Tensor]) -> list[Tensor | None]:
+    return [*tensors, None, None][:2]
+
+
+def _tensor(t: Tensor | None, writable: bool) -> _Tensor:
+    if t is None or t.numel() == 0:
+        return _Tensor(None, 0, 0)
+    assert t.is_contiguous()
+    return _Tensor(t.data_ptr(), t.numel() * t.element_size(), writable)

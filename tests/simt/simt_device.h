@@ -1,0 +1,116 @@
+// The functions of core/cuda/device.cuh on the emulator.
+#pragma once
+
+namespace seqkern::device {
+
+inline int thread_index() { return simt::block().current->index; }
+inline int thread_count() { return simt::block().config.threads; }
+inline int block_x() { return simt::block().x; }
+inline int block_y() { return simt::block().y; }
+inline void sync_threads(SIMT_PLACE) { simt::block().barrier(SIMT_AT); }
+inline char* shared_memory() { return reinterpret_cast<char*>(simt::block().shared.data()); }
+
+template <class X>
+X load(const X* p, SIMT_PLACE) {
+  simt::block().check(p, sizeof(X), false, SIMT_AT);
+  return *p;
+}
+template <class X>
+void store(X* p, X value, SIMT_PLACE) {
+  simt::block().check(p, sizeof(X), true, SIMT_AT);
+  *p = value;
+}
+
+inline void copy_async(float* shared, const float* global, SIMT_PLACE) {
+  simt::block().copy(shared, global, SIMT_AT);
+}
+inline void commit_copies() { simt::block().commit(); }
+template <int kPending>
+void wait_copies() {
+  simt::block().wait_copies(kPending);
+}
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
+inline float to_float(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, e = x.bits >> 10 & 31, m = x.bits & 1023;
+  if (e == 31) return from_bits(sign | 0x7f800000 | m << 13);
+  const float value = e ? std::ldexp(float(m + 1024), int(e) - 25) : std::ldexp(float(m), -24);
+  return sign ? -value : value;
+}
+
+inline void from_float(float& y, float x) { y = x; }
+inline void from_float(bf16& y, float x) {
+  const uint32_t bits = to_bits(x);
+  y.bits = x != x ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void from_float(f16& y, float x) {
+  const uint16_t sign = to_bits(x) >> 16 & 0x8000;
+  const float a = std::fabs(x);
+  if (x != x) {
+    y.bits = 0x7fff;
+  } else if (a >= 65520.0f) {
+    y.bits = sign | 0x7c00;
+  } else {
+    // To a multiple of the spacing of half precision at a; nearbyint rounds ties to even.
+    const int e = a < 0x1p-14f ? -24 : std::ilogb(a) - 10;
+    const uint32_t steps = uint32_t(std::nearbyint(std::ldexp(a, -e)));
+    y.bits = sign | uint16_t(e == -24 ? steps : (uint32_t(e + 24) << 10) + steps);
+  }
+}
+
+inline float exp(float x) { return std::exp(x); }
+inline float tanh(float x) { return std::tanh(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+
+struct MatrixOperands {
+  float* c;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+template <class S>
+float half_of(uint32_t word, int i) {
+  return to_float(S{uint16_t(i ? word >> 16 : word)});
+}
+
+// By PTX's tables for m16n8k16: lane 4 g + t holds of a the rows g, g + 8 and the columns 2 t,
+// 2 t + 1, + 8; of b those rows and the column g; of c the rows g, g + 8, the columns 2 t, 2 t + 1.
+template <class S>
+void multiply_warp(MatrixOperands* const lanes[32]) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 8; ++i)
+      a[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = half_of<S>(lanes[lane]->a[i / 2], i % 2);
+    for (int i = 0; i < 4; ++i)
+      b[2 * t + i % 2 + i / 2 * 8][g] = half_of<S>(lanes[lane]->b[i / 2], i % 2);
+  }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      double sum = lanes[lane]->c[i];
+      for (int k = 0; k < 16; ++k)
+        sum += double(a[lane / 4 + i / 2 * 8][k]) * b[k][lane % 4 * 2 + i % 2];
+      lanes[lane]->c[i] = float(sum);
+    }
+}
+
+template <class S>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, S, SIMT_PLACE) {
+  MatrixOperands mine{c, a, {b0, b1}};
+  simt::block().together(mine, SIMT_AT, multiply_warp<S>);
+}
+
+}  // namespace seqkern::device
