@@ -5,11 +5,16 @@ The text of the kernels is what nvcc compiles; tests/simt stands in for the mach
 says anything of speed, nor of the rounding inside a tensor core.
 """
 
+import importlib
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from seqkern.ops import _recurrent_block as block
+from seqkern.ops.choice import Sizes, choose
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
 from seqkern.testing.tolerance import assert_within_budget, neighbours
@@ -202,3 +207,66 @@ def test_values_of_the_largest_layer(mode: str) -> None:
     exact = p.replaced(t.double() for t in tensors).reference()
     same = [p.replaced(near).reference() for near in neighbours(tensors)]
     assert_within_budget(p.block(), exact, same, torch.bfloat16)
+
+
+@pytest.fixture
+def cuda_ops(monkeypatch: pytest.MonkeyPatch):
+    """seqkern.ops.recurrent, whose kernels for CUDA launch on the emulator of a card of 163 KB."""
+    launched = []
+
+    def launch(name: str, call):
+        def run(*args):
+            launched.append(name)
+            return call(*args)
+
+        monkeypatch.setattr(torch.ops.seqkern, name, SimpleNamespace(default=run), raising=False)
+
+    launch("recurrent_block", Emulator().forward)
+    launch("recurrent_block_backward", Emulator().backward)
+
+    def fit(mode: str, half: bool, hidden: int, device: int) -> bool:
+        return fits(mode, torch.bfloat16 if half else torch.float32, hidden, 163 << 10)
+
+    monkeypatch.setattr(block, "fits", fit)
+    return importlib.import_module("seqkern.ops.recurrent"), launched
+
+
+@pytest.mark.parametrize(
+    ("dtype", "H", "blocks"),
+    [
+        (torch.float32, 5, True),
+        (torch.float32, 96, False),
+        (torch.float64, 5, False),
+    ],
+    ids=str,
+)
+def test_the_kernels_that_the_ops_have_on_cuda(cuda_ops, dtype, H: int, blocks: bool) -> None:
+    ops, launched = cuda_ops
+    p = Problem("LSTM", dtype, lengths=(3, 2), H=H, D=2)
+    args = (p.x, p.batch_sizes, p.h0, p.c0, p.weights)
+    out = ops._recurrent_cuda(*args, "LSTM")
+    y, h_n, c_n = ops._recurrent_inference_cuda(*args, [], "LSTM")
+    grads = ops._recurrent_backward_cuda(
+        *p.grads, *args, out[0], out[3], out[4], "LSTM", True, True
+    )
+    expected = p.reference()
+    for name, t in named(out, grads).items():
+        torch.testing.assert_close(t, expected[name], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip((y, h_n, c_n), out, strict=False))
+    names = ["recurrent_block", "recurrent_block", "recurrent_block_backward"]
+    assert launched == (names if blocks else [])
+
+
+def test_a_refused_layer_is_explained(cuda_ops) -> None:
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    assert block.refusal("LSTM", x, 144, False) is None
+    assert "145 units does not fit" in (block.refusal("LSTM", x, 145, False) or "")
+    assert "projection" in (block.refusal("LSTM", x, 5, True) or "")
+    assert "float64" in (block.refusal("LSTM", x, 5, False, torch.float64) or "")
+    on_cuda = partial(
+        choose, "LSTM", torch.bfloat16, Sizes(2, 64, 3, 64, 1), ragged=False, proj=False,
+        grad=True, deterministic=False, native=True, device="cuda",
+    )  # fmt: skip
+    assert on_cuda().kernel == "native"
+    refused = on_cuda(refusal="why")
+    assert (refused.kernel, refused.reason) == ("reference", "why")

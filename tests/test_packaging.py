@@ -128,6 +128,34 @@ def test_build_compiles_cuda_on_demand(small_cuda_project):
     assert b"seqkern_twice" in library.read_bytes()
 
 
+CUDA_OPS = """
+import torch, seqkern._C
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+for op in ("recurrent_block", "recurrent_block_backward"):
+    assert has_kernel(f"seqkern::{op}", "CUDA")
+fits = torch.ops.seqkern.recurrent_block_fits("LSTM", True, 64, 0)
+assert fits == torch.cuda.is_available()
+x = torch.zeros(2, 16)
+try:
+    torch.ops.seqkern.recurrent_block(x, None, x[None], x[None], [x], [], [], "LSTM", False)
+except NotImplementedError as error:
+    assert "'CPU' backend" in str(error)
+"""
+
+
+@pytest.mark.skipif(load_setup().find_cuda_home() is None, reason="no nvcc on this machine")
+def test_the_cuda_kernels_load_where_torch_has_no_cuda(small_project):
+    """The kernels and the binding as they ship, for one card, since each takes half a minute."""
+    shutil.copytree(ROOT / "csrc/core/cuda", small_project / "csrc/core/cuda")
+    for name in ("core/recurrent.h", "core/cpu/types.h", "torch/arguments.h"):
+        shutil.copy(ROOT / "csrc" / name, small_project / "csrc" / name)
+    shutil.copy(ROOT / "csrc/torch/recurrent_cuda.cpp", small_project / "csrc/torch")
+    done = build(small_project, SEQKERN_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    loaded = run(sys.executable, "-c", CUDA_OPS, cwd=small_project)
+    assert loaded.returncode == 0, loaded.stderr
+
+
 def test_cuda_on_demand_without_sources_is_said(small_project):
     done = build(small_project, SEQKERN_CUDA="1")
     assert done.returncode == 0, done.stderr

@@ -44,8 +44,7 @@ def refusal(
         return "the CUDA kernels have no projection"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the CUDA kernels take float32, bfloat16 and float16, not {dtype}"
-    device = torch.cuda.current_device() if x.device.index is None else x.device.index
-    if not fits(mode, dtype != torch.float32, hidden, device):
+    if not fits(mode, dtype != torch.float32, hidden, x.device.index or 0):
         return f"W_hh of {hidden} units does not fit one thread block of this GPU"
     return None
 

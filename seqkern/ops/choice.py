@@ -78,6 +78,8 @@ def choose(
     grad: bool,
     deterministic: bool,
     native: bool,
+    device: str = "cpu",
+    refusal: str | None = None,
 ) -> Choice:
     """The kernel for one layer.
 
@@ -91,9 +93,15 @@ def choose(
         deterministic: whether torch.use_deterministic_algorithms is on; keeps our own kernel,
             whose bits depend neither on the batch nor on the number of threads.
         native: whether a kernel of seqkern's own is registered for the device.
+        device: the type of the device.
+        refusal: why that kernel does not take this layer; None where it does.
     """
     if not native:
         return Choice("reference", "no kernel of seqkern is loaded for this device")
+    if refusal is not None:
+        return Choice("reference", refusal)
+    if device != "cpu":
+        return Choice("native", "all steps run in one launch, W_hh stays in one thread block")
     if mode == "LSTM" and not (ragged or proj or deterministic):
         for row in ONEDNN:
             if row.covers(dtype, sizes, grad):

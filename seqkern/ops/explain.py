@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from seqkern.ops import _recurrent_block as block
 from seqkern.ops._attention_explain import AttentionExplanation, explain_attention
 from seqkern.ops.choice import Sizes, choose, has_native_kernel, instructions
 from seqkern.ops.recurrent import needs_grad
@@ -103,7 +104,9 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
     snapshot = not grad and getattr(layer, "_packed", None) is not None
     if not cell and snapshot and layer._is_direct(input):
         op = "recurrent_prepacked"
-    lines = []
+    native, refusal, lines = has_native_kernel(op, device), None, []
+    if native and device == "cuda":
+        refusal = block.refusal(mode, x, layer.hidden_size, bool(proj), dtype)
     for i in range(getattr(layer, "num_layers", 1)):
         inputs = x.size(-1) if i == 0 else directions * (proj or layer.hidden_size)
         sizes = Sizes(T, B, inputs, layer.hidden_size, directions)
@@ -115,7 +118,9 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
             proj=bool(proj),
             grad=grad,
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            native=has_native_kernel(op, device),
+            native=native,
+            device=device,
+            refusal=refusal,
         )
         name = "aten::lstm" if choice.kernel == "onednn" else f"seqkern::{op}"
         if snapshot:

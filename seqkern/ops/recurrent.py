@@ -20,6 +20,7 @@ from torch._C import (
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from seqkern.ops import _recurrent_block as block
 from seqkern.ops._checks import (
     check_batch_sizes,
     check_mode,
@@ -93,6 +94,44 @@ _LIB.impl("recurrent", _recurrent, "CompositeExplicitAutograd")
 _LIB.impl("recurrent_inference", _recurrent_inference, "CompositeExplicitAutograd")
 _LIB.impl("recurrent_backward", _recurrent_backward, "CompositeExplicitAutograd")
 _LIB.impl("recurrent_pack", _recurrent_pack, "CompositeExplicitAutograd")
+
+
+# ---- kernels for CUDA, where they were built ----------------------------------------------
+
+
+def _recurrent_cuda(x, batch_sizes, h0, c0, weights, mode, save=True):
+    check_recurrent("recurrent", mode, x, batch_sizes, h0, c0, weights)
+    if block.refusal(mode, x, *_size_and_projection(mode, h0, weights)):
+        return _recurrent(x, batch_sizes, h0, c0, weights, mode)
+    launch = torch.ops.seqkern.recurrent_block.default
+    return block.forward(launch, x, batch_sizes, h0, c0, weights, mode, save)
+
+
+def _recurrent_inference_cuda(x, batch_sizes, h0, c0, weights, packed, mode):
+    return _recurrent_cuda(x, batch_sizes, h0, c0, packed or weights, mode, False)[:3]
+
+
+def _recurrent_backward_cuda(
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, gates, cells, mode, need_dx, need_dw
+):
+    op, grads, saved = "recurrent_backward", (dy, dh_n, dc_n), (y, gates, cells)
+    args = (x, batch_sizes, h0, c0, weights)
+    check_recurrent(op, mode, *args)
+    check_recurrent_backward(op, mode, x, h0, weights, grads, saved)
+    if block.refusal(mode, x, *_size_and_projection(mode, h0, weights)):
+        return _recurrent_backward(*grads, *args, *saved, mode, need_dx, need_dw)
+    launch = torch.ops.seqkern.recurrent_block_backward.default
+    return block.backward(launch, grads, *args, saved, mode, need_dx, need_dw)
+
+
+def _size_and_projection(mode, h0, weights) -> tuple[int, bool]:
+    return weights[0].size(0) // GATES[mode], len(weights) // h0.size(0) % 2 == 1
+
+
+if hasattr(torch.ops.seqkern, "recurrent_block"):
+    _LIB.impl("recurrent", _recurrent_cuda, "CUDA")
+    _LIB.impl("recurrent_inference", _recurrent_inference_cuda, "CUDA")
+    _LIB.impl("recurrent_backward", _recurrent_backward_cuda, "CUDA")
 
 
 # ---- shape functions ----------------------------------------------------------------------
@@ -186,7 +225,8 @@ def recurrent(
         grad = needs_grad(x, h0, c0, weights)
         # A glance first: weighing the shape in every call would cost a single step too much.
         if any(row.dtype == x.dtype and row.grad == grad for row in ONEDNN) and (
-            _choice(mode, x, batch_sizes, h0, c0, weights, grad).kernel == "onednn"
+            x.device.type == "cpu"
+            and _choice(mode, x, batch_sizes, h0, c0, weights, grad).kernel == "onednn"
         ):
             return _onednn(x, h0, c0, weights, grad)
         if grad:

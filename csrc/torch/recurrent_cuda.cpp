@@ -1,0 +1,230 @@
+// The steps of a recurrent layer on CUDA tensors: what seqkern/ops/_recurrent_block.py calls
+// between its products. Everything is checked again, since anyone can call torch.ops; the pointers
+// go to the launches of csrc/core/cuda, on the current stream of the tensors' device.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+#include "core/cuda/launch.h"
+
+// Weak, so that the library loads where torch has no CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace {
+
+using namespace seqkern::binding;
+using seqkern::Mode;
+using seqkern::Type;
+using torch::stable::new_empty;
+
+const void* data(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
+
+int32_t device_of(const Tensor& h0) {
+  STD_TORCH_CHECK(h0.is_cuda(), "recurrent_block: h0 must be on a CUDA device");
+  return h0.get_device_index();
+}
+
+// The checked arguments that forward and backward share, and the tensors that their pointers need.
+struct Call {
+  Mode mode;
+  Type type;
+  Tensor h0;
+  int32_t device;
+  int64_t gates, steps = 0, rows = 0;
+  seqkern::cuda::BlockSequence s{};
+  Optional lengths;  // on the device, then the offsets
+  torch::stable::accelerator::DeviceGuard guard;
+
+  Call(const Tensor& h0_, const Optional& c0, const Optional& batch_sizes, int64_t n,
+       const Tensors& w_hh, const std::string& name, bool backward)
+      : mode(mode_of(name)),
+        type(type_of(h0_)),
+        h0(h0_),
+        device(device_of(h0_)),
+        gates(seqkern::gates_of(mode)),
+        guard(device) {
+    STD_TORCH_CHECK(h0.dim() == 3 && (h0.size(0) == 1 || h0.size(0) == 2) && h0.size(2) > 0,
+                    "recurrent_block: h0 must be (D, B, H) with D 1 or 2 and H at least 1, got ",
+                    list(sizes_of(h0)));
+    s.D = h0.size(0), s.B = h0.size(1), s.H = h0.size(2), s.N = n;
+    s.relu = mode == Mode::rnn_relu;
+    take("h0", h0, {s.D, s.B, s.H});
+    STD_TORCH_CHECK(c0.has_value() == (mode == Mode::lstm), "recurrent_block: c0 must ",
+                    mode == Mode::lstm ? "be given for LSTM" : "be None but for LSTM");
+    if (c0) take("c0", *c0, {s.D, s.B, s.H});
+    each("w_hh", w_hh, {gates * s.H, s.H});
+    const int64_t limit = seqkern::cuda::block_shared_limit(device);
+    STD_TORCH_CHECK(seqkern::cuda::fits_block(mode, type, s.H, limit), "recurrent_block: H = ", s.H,
+                    " does not fit one block with ", limit, " bytes of shared memory");
+    s.plan = seqkern::cuda::block_plan(mode, type, s.H, backward);
+    read_sequence(batch_sizes);
+  }
+
+  // Of h0's dtype and device, contiguous, and of these sizes.
+  const void* take(const char* name, const Tensor& t, Sizes sizes) const {
+    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, "recurrent_block: ", name,
+                    " must be on h0's device, cuda:", device);
+    STD_TORCH_CHECK(t.scalar_type() == h0.scalar_type(), "recurrent_block: ", name,
+                    " must have the dtype of h0");
+    STD_TORCH_CHECK(t.is_contiguous(), "recurrent_block: ", name, " must be contiguous");
+    expect_sizes(name, t, sizes);
+    return t.const_data_ptr();
+  }
+  const void* take(const char* name, const Optional& t, Sizes sizes) const {
+    return t ? take(name, *t, sizes) : nullptr;
+  }
+  void each(const char* name, const Tensors& tensors, Sizes sizes) const {
+    STD_TORCH_CHECK(int64_t(tensors.size()) == s.D, "recurrent_block: ", name, " must hold ", s.D,
+                    " tensors, got ", int64_t(tensors.size()));
+    for (const Tensor& t : tensors) take(name, t, sizes);
+  }
+
+  void read_sequence(const Optional& given) {
+    if (!given) {
+      STD_TORCH_CHECK(s.B == 0 ? s.N == 0 : s.N > 0 && s.N % s.B == 0, "recurrent_block: ", s.N,
+                      " rows are not whole steps of B = ", s.B);
+      s.T = s.B ? s.N / s.B : 0;
+      return;
+    }
+    STD_TORCH_CHECK(given->is_cpu() && given->dim() == 1 && given->size(0) > 0 &&
+                        given->scalar_type() == ScalarType::Long && given->is_contiguous(),
+                    "recurrent_block: batch_sizes must be (T,) int64 on the CPU, contiguous");
+    s.T = given->size(0);
+    const int64_t* sizes = static_cast<const int64_t*>(given->const_data_ptr());
+    const Tensor host = new_empty(*given, {s.B + s.T});
+    int64_t* length = static_cast<int64_t*>(host.mutable_data_ptr());
+    int64_t rows = 0, before = s.B;
+    for (int64_t t = 0; t < s.T; ++t) {
+      const int64_t n = sizes[t];
+      STD_TORCH_CHECK(n >= 1 && n <= before && (t > 0 || n == s.B),
+                      "recurrent_block: batch_sizes must start with B = ", s.B,
+                      " and never grow or reach 0, got ", n, " at ", t);
+      for (int64_t b = n; b < before; ++b) length[b] = t;
+      length[s.B + t] = rows;
+      rows += n, before = n;
+    }
+    for (int64_t b = 0; b < before; ++b) length[b] = s.T;
+    STD_TORCH_CHECK(rows == s.N, "recurrent_block: batch_sizes stand for ", rows, " rows, not ",
+                    s.N);
+    lengths = new_empty(h0, {s.B + s.T}, ScalarType::Long);
+    torch::stable::copy_(*lengths, host);
+    s.lengths = static_cast<const int64_t*>(lengths->const_data_ptr());
+    s.offsets = s.lengths + s.B;
+  }
+
+  void* stream() const {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
+                    "recurrent_block: this torch has no CUDA streams");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return stream;
+  }
+
+  Tensor empty(std::vector<int64_t> sizes) const { return new_empty(h0, sizes); }
+};
+
+void launched(const char* error) {
+  STD_TORCH_CHECK(!error, "recurrent_block: the launch failed: ", error ? error : "");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Optional batch_sizes,
+                                                           Tensor h0, Optional c0, Tensors w_hh,
+                                                           Tensors b_ih, Tensors b_hh,
+                                                           std::string mode, bool save) {
+  STD_TORCH_CHECK(gx.dim() == 2, "recurrent_block: gx must be (N, D*G*H), got ",
+                  list(sizes_of(gx)));
+  const Call call(h0, c0, batch_sizes, gx.size(0), w_hh, mode, false);
+  const seqkern::cuda::BlockSequence& s = call.s;
+  const int64_t width = call.gates * s.H, saved = save ? seqkern::saved_of(call.mode) : 0;
+  const bool lstm = call.mode == Mode::lstm;
+  STD_TORCH_CHECK(gx.is_cuda() && gx.get_device_index() == call.device &&
+                      gx.scalar_type() == ScalarType::Float && gx.is_contiguous(),
+                  "recurrent_block: gx must be float32 on h0's device, contiguous");
+  expect_sizes("gx", gx, {s.N, s.D * width});
+  STD_TORCH_CHECK(b_ih.size() == b_hh.size(), "recurrent_block: b_ih and b_hh must both be given");
+  if (!b_ih.empty()) call.each("b_ih", b_ih, {width}), call.each("b_hh", b_hh, {width});
+  Tensor y = call.empty({s.N, s.D * s.H}), h_n = call.empty({s.D, s.B, s.H});
+  Tensor c_n = lstm ? call.empty({s.D, s.B, s.H}) : call.empty({0});
+  Tensor gates = saved ? call.empty({s.D, s.N, saved * s.H}) : call.empty({0});
+  Tensor cells = saved && lstm ? call.empty({s.D, s.N, s.H}) : call.empty({0});
+  seqkern::cuda::BlockForward p{};
+  p.s = s;
+  p.gx = static_cast<const float*>(gx.const_data_ptr());
+  p.gx_row = s.D * width, p.gx_direction = width;
+  p.h0 = h0.const_data_ptr(), p.c0 = data(c0);
+  for (size_t d = 0; d < size_t(s.D); ++d) {
+    p.w_hh[d] = w_hh[d].const_data_ptr();
+    if (b_ih.empty()) continue;
+    p.b_ih[d] = b_ih[d].const_data_ptr(), p.b_hh[d] = b_hh[d].const_data_ptr();
+  }
+  p.y = y.mutable_data_ptr(), p.h_n = h_n.mutable_data_ptr();
+  p.c_n = lstm ? c_n.mutable_data_ptr() : nullptr;
+  p.gates = saved ? gates.mutable_data_ptr() : nullptr;
+  p.cells = saved && lstm ? cells.mutable_data_ptr() : nullptr;
+  launched(seqkern::cuda::launch_block_forward(call.mode, call.type, p, call.stream()));
+  return {y, h_n, c_n, gates, cells};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Optional dy, Optional dh_n, Optional dc_n,
+                                            Optional batch_sizes, Tensor h0, Optional c0,
+                                            Tensors w_hh, Tensor y, Tensor gates, Tensor cells,
+                                            std::string mode) {
+  STD_TORCH_CHECK(y.dim() == 2, "recurrent_block: y must be (N, D*H), got ", list(sizes_of(y)));
+  const Call call(h0, c0, batch_sizes, y.size(0), w_hh, mode, true);
+  const seqkern::cuda::BlockSequence& s = call.s;
+  const bool lstm = call.mode == Mode::lstm;
+  const int64_t saved = seqkern::saved_of(call.mode), columns = saved ? saved : 1;
+  Tensor dg = call.empty({s.D, s.N, columns * s.H}), dh0 = call.empty({s.D, s.B, s.H});
+  Tensor dc0 = lstm ? call.empty({s.D, s.B, s.H}) : call.empty({0});
+  seqkern::cuda::BlockBackward p{};
+  p.s = s;
+  p.h0 = h0.const_data_ptr(), p.c0 = data(c0);
+  for (size_t d = 0; d < size_t(s.D); ++d) p.w_hh[d] = w_hh[d].const_data_ptr();
+  p.y = call.take("y", y, {s.N, s.D * s.H});
+  if (saved) p.gates = call.take("gates", gates, {s.D, s.N, saved * s.H});
+  if (lstm) p.cells = call.take("cells", cells, {s.D, s.N, s.H});
+  p.dy = call.take("dy", dy, {s.N, s.D * s.H});
+  p.dh_n = call.take("dh_n", dh_n, {s.D, s.B, s.H});
+  if (lstm) p.dc_n = call.take("dc_n", dc_n, {s.D, s.B, s.H});
+  p.dg = dg.mutable_data_ptr(), p.dh0 = dh0.mutable_data_ptr();
+  p.dc0 = lstm ? dc0.mutable_data_ptr() : nullptr;
+  launched(seqkern::cuda::launch_block_backward(call.mode, call.type, p, call.stream()));
+  return {dg, dh0, dc0};
+}
+
+// Whether a layer of `hidden` units of 16-bit (`half`) or fp32 values fits one block of a device.
+bool fits(std::string mode, bool half, int64_t hidden, int64_t device) {
+  const int64_t limit = seqkern::cuda::block_shared_limit(int(device));
+  return seqkern::cuda::fits_block(mode_of(mode), half ? Type::bf16 : Type::f32, hidden, limit);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(seqkern, m) {
+  m.def(
+      "recurrent_block(Tensor gx, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] w_hh,"
+      " Tensor[] b_ih, Tensor[] b_hh, str mode, bool save)"
+      " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+  m.def(
+      "recurrent_block_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? batch_sizes,"
+      " Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor y, Tensor gates, Tensor cells, str mode)"
+      " -> (Tensor dg, Tensor dh0, Tensor dc0)");
+  m.def("recurrent_block_fits(str mode, bool half, int hidden, int device) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) {
+  m.impl("recurrent_block_fits", TORCH_BOX(&fits));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seqkern, CUDA, m) {
+  m.impl("recurrent_block", TORCH_BOX(&forward));
+  m.impl("recurrent_block_backward", TORCH_BOX(&backward));
+}
