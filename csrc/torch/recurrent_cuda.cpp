@@ -169,7 +169,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Optional b
   p.c_n = lstm ? c_n.mutable_data_ptr() : nullptr;
   p.gates = saved ? gates.mutable_data_ptr() : nullptr;
   p.cells = saved && lstm ? cells.mutable_data_ptr() : nullptr;
-  launched(seqkern::cuda::launch_block_forward(call.mode, call.type, p, call.stream()));
+  launched(
+      seqkern::cuda::launch_block_forward(call.mode, call.type, p, call.device, call.stream()));
   return {y, h_n, c_n, gates, cells};
 }
 
@@ -196,7 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Optional dy, Optional dh_n, Optional
   if (lstm) p.dc_n = call.take("dc_n", dc_n, {s.D, s.B, s.H});
   p.dg = dg.mutable_data_ptr(), p.dh0 = dh0.mutable_data_ptr();
   p.dc0 = lstm ? dc0.mutable_data_ptr() : nullptr;
-  launched(seqkern::cuda::launch_block_backward(call.mode, call.type, p, call.stream()));
+  launched(
+      seqkern::cuda::launch_block_backward(call.mode, call.type, p, call.device, call.stream()));
   return {dg, dh0, dc0};
 }
 

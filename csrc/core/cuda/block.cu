@@ -39,10 +39,12 @@ struct BackwardKernel {
 };
 
 template <class Arguments>
-cudaError_t launch(void (*kernel)(Arguments), const Arguments& p, void* stream) {
+cudaError_t launch(void (*kernel)(Arguments), const Arguments& p, int device, void* stream) {
   if (!kernel) return cudaErrorInvalidValue;
   const BlockSequence& s = p.s;
   if (s.B == 0) return cudaSuccess;
+  // This library has a CUDA runtime of its own, which the caller's guard may not have told.
+  if (const cudaError_t error = cudaSetDevice(device)) return error;
   // Asked for at every launch: the attribute belongs to the device that is current now.
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(s.plan.shared));
@@ -58,12 +60,14 @@ const char* words(cudaError_t error) {
 
 }  // namespace
 
-const char* launch_block_forward(Mode mode, Type type, const BlockForward& p, void* stream) {
-  return words(launch(kernel_of<ForwardKernel>(mode, type), p, stream));
+const char* launch_block_forward(Mode mode, Type type, const BlockForward& p, int device,
+                                 void* stream) {
+  return words(launch(kernel_of<ForwardKernel>(mode, type), p, device, stream));
 }
 
-const char* launch_block_backward(Mode mode, Type type, const BlockBackward& p, void* stream) {
-  return words(launch(kernel_of<BackwardKernel>(mode, type), p, stream));
+const char* launch_block_backward(Mode mode, Type type, const BlockBackward& p, int device,
+                                  void* stream) {
+  return words(launch(kernel_of<BackwardKernel>(mode, type), p, device, stream));
 }
 
 int64_t block_shared_limit(int device) {
