@@ -5,8 +5,8 @@
 //
 // and v enters once for each token: what is summed here are ds g and ds tanh, and `finish_row`
 // multiplies at the end. tanh = (E - 1) / (E + 1), where four keys share one reciprocal; of what
-// that leaves, g is off by 1.3e-7 (root mean square) at most. r (1 - r) with r = 1 / (E + 1) is g /
-// 4 too, and two instructions shorter, with twice the error.
+// that leaves, g is off by 1.3e-7 (root mean square, simulated) at most. r (1 - r) with r = 1 / (E
+// + 1) is g / 4 too, and two instructions shorter, with twice the error.
 
 // r becomes 1 / r; four of them by one reciprocal where their product is finite.
 template <class C, int K, bool Grouped>
