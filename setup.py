@@ -244,6 +244,14 @@ class BuildExtensions(build_ext):
             destination.parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(ROOT / target), str(destination))
 
+    def copy_file(self, infile, outfile, *args, **kwargs):
+        """Copies whole files only, and always: one cut short by an interruption would crash whoever
+        imports it, and as the newer of the two it would stay."""
+        unfinished = f"{outfile}.{os.getpid()}"
+        shutil.copy2(infile, unfinished)
+        os.replace(unfinished, outfile)
+        return outfile, True
+
     @staticmethod
     def add_source(graph: Graph, tools: Toolchain, source: str) -> str:
         cxx = [tools.cxx, *tools.cxx_flags]

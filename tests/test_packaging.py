@@ -111,6 +111,17 @@ def test_build_says_that_cuda_is_switched_off(small_cuda_project):
     assert answer.stdout == "42\n", answer.stderr
 
 
+def test_a_copy_that_was_cut_short_does_not_stay(small_project):
+    """It is newer than what it is a copy of, and whoever imports it crashes."""
+    assert build(small_project, SEQKERN_CUDA="0").returncode == 0
+    (extension,) = (small_project / "seqkern").glob("_C*.so")
+    whole = extension.read_bytes()
+    extension.write_bytes(whole[: len(whole) // 2])
+    assert build(small_project, SEQKERN_CUDA="0").returncode == 0
+    assert extension.read_bytes() == whole
+    assert [extension] == list((small_project / "seqkern").glob("_C*"))
+
+
 def test_build_says_why_it_decided_about_cuda(small_cuda_project):
     done = build(small_cuda_project)
     assert done.returncode == 0, done.stderr
