@@ -143,7 +143,7 @@ class PlainDecoder(nn.Module):
         return self.cell(torch.cat([x, c], -1), s), c, a.flatten(0, 1)
 
 
-def _encoder(layers: str, config: RNNSearchConfig) -> nn.GRU:
+def _encoder(layers: str, config: RNNSearchConfig) -> nn.GRU | seqkern.nn.GRU:
     gru = seqkern.nn.GRU if layers == "seqkern" else nn.GRU
     n = config.encoder_layers
     between = config.dropout if n > 1 else 0.0
