@@ -235,12 +235,12 @@ def test_every_case_of_the_op(case: OpCase, dtype: torch.dtype) -> None:
     assert_matches_reference(case, named(results, derived), inputs, grads, dtype)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     data=st.data(),
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 40)),
     widths=st.tuples(st.integers(1, 20), st.integers(1, 40)),
-    chosen=st.sets(st.sampled_from(["lens", "mask", "bias", "weights", "dlse", "far"])),
+    chosen=st.sets(st.sampled_from(["lens", "mask", "bias", "weights", "far"])),
     scale=st.sampled_from([1.0, -0.3]),
     splits=st.integers(1, 3),
     tanh=st.sampled_from(["shared", "single"]),
@@ -262,7 +262,9 @@ def test_any_company_of_features(
         bias=shape() if "bias" in chosen else None,
         scale=scale,
         weights="weights" in chosen,
-        dlse="dlse" in chosen,
+        # Without it a bias that all keys share, and whatever a single key is asked for, have a
+        # gradient of 0, of which rounding is all that can be compared.
+        dlse=True,
         far=6.0 if "far" in chosen else 1.0,
         splits=splits,
         config=dataclasses.replace(LARGE, tanh=tanh),
