@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 
-from seqkern.ops._derivatives import needs_grad, through_reference
+from seqkern.ops._derivatives import register_rules, through_reference
 from seqkern.ops._vmap import map_slices
 from seqkern.reference import additive as reference
 
@@ -130,29 +130,9 @@ def fold_batch(op, size: int, in_dims, args):
     return (o.unflatten(0, (size, B)), weights, lse.unflatten(0, (size, B))), dims
 
 
-def _autograd_additive(keyset, *args):
-    if needs_grad(args[i] for i in DERIVED):
-        return AdditiveAttention.apply(*args)
-    with _AutoDispatchBelowAutograd():
-        return ops.additive_attention.default(*args)
-
-
-def _autograd_additive_backward(keyset, *args):
-    if needs_grad((*args[:3], *(args[5 + i] for i in DERIVED))):
-        return AdditiveAttentionBackward.apply(*args)
-    with _AutoDispatchBelowAutograd():
-        return ops.additive_attention_backward.default(*args)
-
-
 def register(lib: torch.library.Library) -> None:
     """Give the ops of `lib` their Autograd kernels and their vmap rules."""
-    first, second = "additive_attention", "additive_attention_backward"
-    lib.impl(first, _autograd_additive, "Autograd", with_keyset=True)
-    lib.impl(second, _autograd_additive_backward, "Autograd", with_keyset=True)
-    for name, rule in ((first, fold_batch), (second, map_slices)):
-        op = getattr(ops, name).default
-        torch.library.register_vmap(
-            f"seqkern::{name}",
-            lambda info, in_dims, *args, rule=rule, op=op: rule(op, info.batch_size, in_dims, args),
-            lib=lib,
-        )
+    backward = ops.additive_attention_backward.default
+    places = 0, 1, 2, *(5 + i for i in DERIVED)
+    register_rules(lib, ops.additive_attention.default, AdditiveAttention, DERIVED, fold_batch)
+    register_rules(lib, backward, AdditiveAttentionBackward, places, map_slices)

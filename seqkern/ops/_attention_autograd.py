@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 
-from seqkern.ops._derivatives import needs_grad, through_reference
+from seqkern.ops._derivatives import register_rules, through_reference
 from seqkern.ops._vmap import map_slices
 from seqkern.reference import attention as reference
 
@@ -127,28 +127,9 @@ def fold_batch(op, v: int, in_dims, args):
     return (o.unflatten(0, (v, rows)), lse.unflatten(0, (v, rows))), (0, 0)
 
 
-def _autograd_attention(keyset, *args):
-    if needs_grad(args[i] for i in DERIVED):
-        return Attention.apply(*args)
-    with _AutoDispatchBelowAutograd():
-        return ops.attention.default(*args)
-
-
-def _autograd_attention_backward(keyset, *args):
-    if needs_grad((*args[:2], *(args[4 + i] for i in DERIVED))):
-        return AttentionBackward.apply(*args)
-    with _AutoDispatchBelowAutograd():
-        return ops.attention_backward.default(*args)
-
-
 def register(lib: torch.library.Library) -> None:
     """Give the ops of `lib` their Autograd kernels and their vmap rules."""
-    lib.impl("attention", _autograd_attention, "Autograd", with_keyset=True)
-    lib.impl("attention_backward", _autograd_attention_backward, "Autograd", with_keyset=True)
-    for name, rule in (("attention", fold_batch), ("attention_backward", map_slices)):
-        op = getattr(ops, name).default
-        torch.library.register_vmap(
-            f"seqkern::{name}",
-            lambda info, in_dims, *args, rule=rule, op=op: rule(op, info.batch_size, in_dims, args),
-            lib=lib,
-        )
+    backward = ops.attention_backward.default
+    places = 0, 1, *(4 + i for i in DERIVED)
+    register_rules(lib, ops.attention.default, Attention, DERIVED, fold_batch)
+    register_rules(lib, backward, AttentionBackward, places, map_slices)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 
-from seqkern.ops._derivatives import needs_grad, through_reference
+from seqkern.ops._derivatives import register_fold, register_rules, through_reference
 from seqkern.ops._vmap import map_slices
 from seqkern.reference import decoder as reference
 
@@ -33,9 +33,8 @@ class Decoder(torch.autograd.Function):
     def setup_context(ctx: Any, inputs, output) -> None:
         s, contexts, weights, c_n, queries, gates, cells = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(queries, gates, cells)
-        if inputs[C0] is None:
-            ctx.mark_non_differentiable(c_n, queries, gates, cells)
+        absent = () if inputs[C0] is not None else (c_n,)
+        ctx.mark_non_differentiable(*absent, queries, gates, cells)
         ctx.save_for_backward(s, contexts, weights, queries, gates, cells, *inputs[:MODE])
         ctx.mode = inputs[MODE]
 
@@ -101,33 +100,10 @@ class DecoderBackward(torch.autograd.Function):
         return map_slices(DecoderBackward.apply, info.batch_size, in_dims, args)
 
 
-def _recorded(function: Any, op: Any):
-    """The Autograd kernel of an op: the function where a gradient is needed, else what is below."""
-
-    def kernel(keyset, *args):
-        if needs_grad(t for t in args if isinstance(t, Tensor)):
-            return function.apply(*args)
-        with _AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return kernel
-
-
 def register(lib: torch.library.Library) -> None:
     """Give the ops of `lib` their Autograd kernels and their vmap rules."""
-    forward, backward = ops.attention_decoder.default, ops.attention_decoder_backward.default
-    lib.impl("attention_decoder", _recorded(Decoder, forward), "Autograd", with_keyset=True)
-    lib.impl(
-        "attention_decoder_backward",
-        _recorded(DecoderBackward, backward),
-        "Autograd",
-        with_keyset=True,
-    )
-
-    def vmap_of(op):
-        return lambda info, in_dims, *args: map_slices(op, info.batch_size, in_dims, args)
-
-    inference = ops.attention_decoder_inference.default
-    for op in (forward, backward, inference):
-        name = op._schema.name
-        torch.library.register_vmap(name, vmap_of(op), lib=lib)
+    backward = ops.attention_decoder_backward.default
+    places = *range(GRADS), *(GRADS + SAVED + i for i in DERIVED)
+    register_rules(lib, ops.attention_decoder.default, Decoder, DERIVED, map_slices)
+    register_rules(lib, backward, DecoderBackward, places, map_slices)
+    register_fold(lib, ops.attention_decoder_inference.default, map_slices)

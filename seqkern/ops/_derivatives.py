@@ -1,10 +1,12 @@
-"""What the autograd functions of the ops share: second derivatives, and when to record a call."""
+"""What the autograd functions of the ops share: second derivatives, when to record a
+call, and how an op comes to its derivatives and its vmap."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
 from torch.autograd import forward_ad
 
 
@@ -55,3 +57,38 @@ def recorded(tensors) -> bool:
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
         return True
     return needs_grad(tensors)
+
+
+def register_rules(
+    lib: torch.library.Library,
+    op: Any,
+    function: Any,
+    places: Iterable[int],
+    fold: Callable[..., Any],
+) -> None:
+    """Give an op of `lib` its Autograd kernel and its vmap rule.
+
+    Args:
+        function: the autograd function of the op's arguments, taken where autograd records one.
+        places: of the arguments with a gradient.
+        fold: (op, size of the new dimension, in_dims, arguments) -> (results, out_dims).
+    """
+    name, derived = op._schema.name, tuple(places)
+
+    def kernel(keyset, *args):
+        if needs_grad(args[i] for i in derived):
+            return function.apply(*args)
+        with _AutoDispatchBelowAutograd():
+            return op(*args)
+
+    lib.impl(name.removeprefix("seqkern::"), kernel, "Autograd", with_keyset=True)
+    register_fold(lib, op, fold)
+
+
+def register_fold(lib: torch.library.Library, op: Any, fold: Callable[..., Any]) -> None:
+    """Give an op of `lib` its vmap rule, see `register_rules`."""
+    torch.library.register_vmap(
+        op._schema.name,
+        lambda info, in_dims, *args: fold(op, info.batch_size, in_dims, args),
+        lib=lib,
+    )
