@@ -151,6 +151,8 @@ try:
     torch.ops.seqkern.recurrent_block(x, None, x[None], x[None], [x], [], [], "LSTM", False)
 except NotImplementedError as error:
     assert "'CPU' backend" in str(error)
+else:
+    raise AssertionError("a tensor on the CPU was taken")
 """
 
 
