@@ -50,16 +50,19 @@ def best_seconds(
     run: Callable[[], object],
     seconds: float,
     clock: Callable[[], float] = time.process_time,
+    calls: int = 1,
 ) -> float:
     """The fastest call within a time budget: the nearest to what the hardware allows.
 
-    CPU time by default, which on one thread leaves out what other processes take.
+    CPU time by default, which on one thread leaves out what other processes take. `calls` are
+    timed together and averaged: some systems count CPU time in steps longer than one short call.
     """
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end or best == math.inf:
         start = clock()
-        run()
-        best = min(best, clock() - start)
+        for _ in range(calls):
+            run()
+        best = min(best, (clock() - start) / calls) or best
     return best
 
 
@@ -75,14 +78,16 @@ def read_seconds(size: int, seconds: float) -> float:
     half = size // 8
     data = torch.ones(2 * half)
     first, second = data[:half], data[half:]
-    return best_seconds(lambda: torch.dot(first, second), seconds)
+    return best_seconds(lambda: torch.dot(first, second), seconds, calls=max(1, L3_BYTES // size))
 
 
 def l2_size(default: int = 1 << 20) -> int:
     """Bytes of one core's L2, from the kernel's description of cpu0."""
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        if (index / "level").read_text().strip() == "2":
-            return int((index / "size").read_text().strip().removesuffix("K")) << 10
+        level, size = index / "level", index / "size"
+        # Some virtual machines list a cache and leave its size out.
+        if size.exists() and level.exists() and level.read_text().strip() == "2":
+            return int(size.read_text().strip().removesuffix("K")) << 10
     return default
 
 
@@ -92,9 +97,10 @@ def measure(budget: float = 0.3) -> Limits:
     torch.set_num_threads(1)
     try:
         gemm = {name: gemm_rate(getattr(torch, name), seconds=budget) for name in BYTES}
-        # The difference of two sizes leaves the cost of the call out.
+        # The difference of two sizes leaves the cost of the call out. On a machine disturbed while
+        # one of them was read it may come out at nothing or less, so it has a floor.
         large, small = (read_seconds(n, budget) for n in (L2_BYTES_LARGE, L2_BYTES_SMALL))
-        l2 = 1e-9 * (L2_BYTES_LARGE - L2_BYTES_SMALL) / (large - small)
+        l2 = 1e-9 * (L2_BYTES_LARGE - L2_BYTES_SMALL) / max(large - small, large / 3)
         l3 = 1e-9 * L3_BYTES / read_seconds(L3_BYTES, budget)
     finally:
         torch.set_num_threads(threads)

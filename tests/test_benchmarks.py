@@ -1,8 +1,10 @@
 """The benchmark suites: peers compute the same, a wrong kernel is not timed, sums are right."""
 
 import json
+import math
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -195,7 +197,7 @@ def test_a_wrong_kernel_fails_the_benchmark(tmp_path: Path) -> None:
         PYTHONPATH=str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "WrongResult: seqkern on LSTM-inference-float32" in done.stdout
+    assert "WrongResult: seqkern on LSTM-inference-float32" in done.stdout, done.stdout
     assert "2 failed" in done.stdout
 
 
@@ -266,6 +268,23 @@ def test_rounds_and_calls_fit_the_budget() -> None:
     assert paired.rounds_within(1.0, [2.0, 3.0]) == 3
     orders = paired.shuffled_orders(3)
     assert all(sorted(next(orders)) == [0, 1, 2] for _ in range(10))
+
+
+def test_limits_on_a_clock_in_steps_of_ten_milliseconds() -> None:
+    def steps() -> float:
+        return time.process_time() // 0.01 * 0.01
+
+    data = torch.ones(1 << 12)
+    seconds = limits.best_seconds(lambda: torch.dot(data, data), 0.05, steps, calls=100)
+    assert 0 < seconds < 0.01
+
+
+def test_limits_hold_when_the_machine_is_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both sizes take equally long, as when another program held the core for one of them.
+    monkeypatch.setattr(limits, "read_seconds", lambda size, seconds: 1e-3)
+    measured = limits.measure(0.001)
+    assert measured.l2 == pytest.approx(512 * 1024 / (1e-3 / 3) * 1e-9)
+    assert 0 < measured.l3 < math.inf
 
 
 def test_limit_of_a_cell_by_hand() -> None:
