@@ -1,7 +1,9 @@
 """Fixtures of the whole suite: one seed, one thread, and the GPU marker."""
 
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +33,15 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     torch.ops.seqkern.set_cpu_capability(before)
+
+
+@pytest.fixture
+def corpora() -> Path:
+    """The folder of the real corpora, which are not part of this repository."""
+    folder = os.environ.get("SEQKERN_DATA")
+    if folder is None:
+        pytest.skip("needs the corpora: SEQKERN_DATA names no folder")
+    return Path(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

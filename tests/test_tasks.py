@@ -79,8 +79,8 @@ def test_reading_pairs(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (b"no tab", r"expected source<TAB>target.* got 1 field\(s\): 'no tab'"),
-        (b"a\tb\tc", r"got 3 field\(s\)"),
+        (b"no tab", r"expected source<TAB>target.* not 1 field\(s\), got 'no tab'"),
+        (b"a\tb\tc", r"not 3 field\(s\)"),
         (b"\tb", "two non-empty fields"),
         (b"a\t ", "two non-empty fields"),
         (b"a\t\xff", "not UTF-8"),

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqkern.nn
+from seqkern.models.common import check_sizes, layers_named
 
-LAYERS = ("seqkern", "torch")
 SCORES = ("additive", "dot", "general")
 
 
@@ -56,13 +56,9 @@ class RNNSearchConfig:
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ValueError(f"score must be one of {SCORES}, got {self.score!r}")
-        for name, value in vars(self).items():
-            if name not in ("dropout", "pad", "score") and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sizes(self, shares=("dropout",), free=("pad",))
         if self.hidden % 2:
             raise ValueError(f"hidden must be even, half for each direction, got {self.hidden}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
 class Memory(NamedTuple):
@@ -144,8 +140,7 @@ class PlainDecoder(nn.Module):
 
 
 def _encoder(layers: str, config: RNNSearchConfig) -> nn.GRU | seqkern.nn.GRU:
-    gru = seqkern.nn.GRU if layers == "seqkern" else nn.GRU
-    n = config.encoder_layers
+    n, gru = config.encoder_layers, layers_named(layers).GRU
     between = config.dropout if n > 1 else 0.0
     return gru(config.embedding, config.hidden // 2, n, bidirectional=True, dropout=between)
 
@@ -176,8 +171,7 @@ class RNNSearch(nn.Module):
 
     def __init__(self, config: RNNSearchConfig, layers: str = "seqkern") -> None:
         super().__init__()
-        if layers not in LAYERS:
-            raise ValueError(f"layers must be one of {LAYERS}, got {layers!r}")
+        layers_named(layers)
         self.config, self.layers = config, layers
         D, H = config.embedding, config.hidden
         self.embed_x = nn.Embedding(config.source_symbols, D, padding_idx=config.pad)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seqkern.tasks.lines import malformed, read_lines
 from seqkern.tasks.vocab import BOS, EOS, PAD, Vocab
 
 TOKENS = ("chars", "words")
@@ -47,19 +48,13 @@ def read_pairs(
         OSError: the file cannot be read.
     """
     pairs = []
-    for number, raw in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from error
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         fields = line.split("\t")
         if len(fields) != 2 or not fields[0].strip() or not fields[1].strip():
-            raise ValueError(
-                f"{path}:{number}: expected source<TAB>target, two non-empty fields, "
-                f"got {len(fields)} field(s): {line[:60]!r}"
-            )
+            expected = f"source<TAB>target, two non-empty fields, not {len(fields)} field(s)"
+            raise malformed(path, number, expected, line)
         source, target = fields
         pairs.append(Pair(tokenize(source, source_tokens), tokenize(target, target_tokens)))
     if not pairs:
