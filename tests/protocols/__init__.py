@@ -1,0 +1,1 @@
+"""Models of how the blocks of a recurrent layer pass h on, small enough to try every order."""
