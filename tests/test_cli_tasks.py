@@ -1,7 +1,9 @@
-"""The commands of the main job, called as a user calls them."""
+"""The commands that train and use models, called as a user calls them."""
 
+import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,24 +12,27 @@ from typer.testing import CliRunner
 
 from seqkern.cli.demo import demo
 from seqkern.cli.evaluate import evaluate
-from seqkern.cli.predict import predict
+from seqkern.cli.plot import plot
+from seqkern.cli.predict import predict, translate
+from seqkern.cli.reproduce import reproduce
 from seqkern.cli.train import train
-from seqkern.tasks.run import checkpoint_path, log_path
+from seqkern.tasks import recipes
+from seqkern.tasks.run import best_path, checkpoint_path, log_path, read_log, scores_path
 
 
 @pytest.fixture(scope="module")
 def app():
     app = typer.Typer()
-    for command in (train, evaluate, predict, demo):
+    for command in (train, evaluate, predict, translate, plot, reproduce, demo):
         app.command(command.__name__)(command)
     return app
 
 
 @pytest.fixture(scope="module")
 def call(app):
-    def call(*arguments, status=0):
+    def call(*arguments, status=0, **options):
         """Runs a command; returns its output, or its one line of error where status is not 0."""
-        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        result = CliRunner().invoke(app, [str(a) for a in arguments], **options)
         assert result.exit_code == status, (result.output, result.exception)
         if status == 0:
             return result.stdout
@@ -48,32 +53,36 @@ def data(tmp_path_factory):
     return path
 
 
+TRAIN = ("train", "rnnsearch", "--task", "pairs")
+
+
 @pytest.fixture(scope="module")
 def run(call, data, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "toy"
-    options = ["--steps", 300, "--batch-size", 32, "--hidden", 24, "--lr", 0.01]
-    assert "done" in call("train", "--run", run, "--data", data, *options)
+    settings = ["--set", "batch_size=32", "--set", "hidden=24", "--set", "lr=0.01"]
+    assert "done" in call(*TRAIN, "--run", run, "--data", data, "--steps", 300, *settings)
     return run
 
 
-def test_train_evaluate_predict(call, run):
-    out = call("evaluate", checkpoint_path(run))
-    assert "sequence error rate 0.00%" in out
-    assert "dev: " in call("evaluate", checkpoint_path(run), "--part", "dev", "--beam", 1)
+def test_train_evaluate_predict_translate(call, run):
+    out = call("evaluate", run)
+    assert re.search(r"sequence_error +0\.0000", out)
+    assert "rnnsearch on pairs, test: 15 examples" in out
+    assert "rnnsearch on pairs, dev" in call("evaluate", run, "--part", "dev", "--beam", 1)
     for layers in ("seqkern", "torch"):
-        out = call(
-            "predict", "abcd", "dab", "--checkpoint", checkpoint_path(run), "--layers", layers
-        )
+        out = call("predict", "abcd", "dab", "--checkpoint", run, "--layers", layers)
         assert out == "abcd\tA B C D\ndab\tD A B\n"
+    assert call("translate", run, input="abcd\n\ndab\n") == "A B C D\n\nD A B\n"
+    assert call("translate", checkpoint_path(run), input="") == ""
 
 
 def test_other_tokens(call, tmp_path):
     path = tmp_path / "pairs.tsv"
     path.write_text("".join(f"{a} {b}\t{b}{a}\n" for a in "abcd" for b in "xyz"))
     run = tmp_path / "run"
-    options = ["--steps", 2, "--hidden", 8, "--tokens", "words:chars"]
-    call("train", "--run", run, "--data", path, *options)
-    out = call("predict", "a x", "--checkpoint", checkpoint_path(run))
+    tokens = ["--set", "source_tokens=words", "--set", "target_tokens=chars"]
+    call(*TRAIN, "--run", run, "--data", path, "--steps", 2, "--set", "hidden=8", *tokens)
+    out = call("predict", "a x", "--checkpoint", run)
     word, target = out.rstrip("\n").split("\t")
     assert word == "a x"
     assert " " not in target
@@ -81,26 +90,107 @@ def test_other_tokens(call, tmp_path):
 
 def test_resuming_a_finished_run_changes_nothing(call, run):
     before = log_path(run).read_text()
-    assert "resuming" in call("train", "--run", run)
+    assert "resuming" in call(*TRAIN, "--run", run)
     assert log_path(run).read_text() == before
 
 
+def test_early_stopping_keeps_the_best_weights(call, data, tmp_path):
+    """At a learning rate of nearly nothing no evaluation is better than the first ones."""
+    run = tmp_path / "run"
+    settings = ["lr=1e-12", "hidden=8", "batch_size=32", "evaluate_every=2", "patience=3"]
+    given = [word for setting in settings for word in ("--set", setting)]
+    out = call(*TRAIN, "--run", run, "--data", data, "--steps", 50, *given)
+    scores = read_log(scores_path(run))
+    assert [line["step"] for line in scores] == [2, 4, 6, 8]
+    assert out.count("dev loss") == 4
+    assert torch.load(best_path(run), weights_only=True)["step"] == 2
+    assert len(read_log(log_path(run))) == 8
+    assert "done" in call(*TRAIN, "--run", run)
+    assert len(read_log(log_path(run))) == 8
+
+
+def test_averaged_weights(call, data, tmp_path):
+    run = tmp_path / "run"
+    settings = ["lr=0.01", "hidden=8", "batch_size=32", "evaluate_every=4", "average=2"]
+    given = [word for setting in settings for word in ("--set", setting)]
+    call(*TRAIN, "--run", run, "--data", data, "--steps", 12, *given)
+    *_, last, averaged = read_log(scores_path(run))
+    assert (last["step"], averaged["step"], averaged["averaged"]) == (12, 12, True)
+    content = torch.load(checkpoint_path(run), weights_only=True)
+    first, second = (weights["output.bias"] for weights in content["recent"])
+    assert torch.equal(second, content["model"]["output.bias"])
+    if averaged["sequence_error"] <= min(
+        line["sequence_error"] for line in read_log(scores_path(run))
+    ):
+        best = torch.load(best_path(run), weights_only=True)["model"]["output.bias"]
+        torch.testing.assert_close(best, (first + second) / 2)
+
+
+def test_plots(call, run, tmp_path):
+    for kind, more, size in (("curves", [], 5000), ("alignments", ["--text", "abcd"], 3000)):
+        for suffix in (".svg", ".png"):
+            out = tmp_path / (kind + suffix)
+            call("plot", kind, run, "--out", out, *more)
+            assert out.stat().st_size > size
+    assert "alignments need a source" in call("plot", "alignments", run, status=2)
+    assert "has no gradients over time" in call("plot", "gradients", run, status=2)
+    assert "kind must be" in call("plot", "pie", run, status=2)
+    line = call("plot", "curves", run, "--out", tmp_path / "a.txt", status=2)
+    assert "must end in one of" in line
+
+
+def test_reproduce(call, data, tmp_path, monkeypatch):
+    recipe = replace(
+        recipes.RECIPES["g2p"],
+        task="pairs",
+        target=0.9,
+        options={"steps": 60, "lr": 1e-2, "warmup": 5, "evaluate_every": 30},
+        sizes={"hidden": 16},
+    )
+    monkeypatch.setitem(recipes.RECIPES, "toy", recipe)
+    out = call("reproduce", "toy", "--data", data, "--seeds", 2, "--out", tmp_path)
+    assert out.count("target 0.9: ") == 2
+    results = [json.loads((tmp_path / f"toy-seqkern-{i}/result.json").read_text()) for i in (1, 2)]
+    for seed, result in enumerate(results, 1):
+        assert result["seed"] == seed
+        assert result["score"] == result["scores"]["sequence_error"]
+        assert result["reached"] == (result["score"] <= 0.9)
+        assert result["steps"] == 60
+        assert result["seconds"] > 0
+    assert results[0]["scores"]["loss"] != results[1]["scores"]["loss"]
+    assert "toy" in call("reproduce")
+    assert "recipe must be one of" in call("reproduce", "unheard-of", status=2)
+
+
 def test_what_train_refuses(call, run, data, tmp_path):
-    line = call("train", "--run", run, "--lr", 0.5, status=2)
+    line = call(*TRAIN, "--run", run, "--set", "lr=0.5", status=2)
     assert line.startswith("seqkern: lr is 0.5 here and 0.01 in")
-    line = call("train", "--run", run, "--data", "cmudict", status=2)
-    assert line.startswith("seqkern: data is 'cmudict' here and")
-    line = call("train", "--run", tmp_path / "new", "--data", tmp_path / "absent.tsv", status=2)
-    assert "absent.tsv" in line
-    line = call("train", "--run", tmp_path / "new", "--data", data, "--lr", -1, status=2)
-    assert line == "seqkern: lr must be positive, got -1.0"
-    arguments = ["--run", tmp_path / "new", "--data", data, "--tokens", "chars"]
-    assert "tokens must be one of" in call("train", *arguments, status=2)
-    arguments = ["--run", tmp_path / "new", "--data", data, "--layers", "cudnn"]
-    assert "layers must be one of" in call("train", *arguments, status=2)
+    line = call("train", "rnnsearch", "--task", "cmudict", "--run", run, status=2)
+    assert line.startswith("seqkern: task is 'cmudict' here and")
+    new = [*TRAIN, "--run", tmp_path / "new"]
+    assert "absent.tsv" in call(*new, "--data", tmp_path / "absent.tsv", status=2)
+    for setting, message in {
+        "lr=-1": "seqkern: lr must be positive, got -1",
+        "source_tokens=bytes": "seqkern: tokens must be one of",
+        "hidden=7": "seqkern: hidden must be even, half for each direction, got 7",
+        "hidden=many": "seqkern: ",
+        "width=7": "seqkern: no setting 'width' of model 'rnnsearch'; there are",
+        "lr": "seqkern: a setting must be NAME=VALUE, got 'lr'",
+    }.items():
+        line = call(*new, "--data", data, "--set", setting, status=2)
+        assert line.startswith(message), line
+    line = call(*new, "--data", data, "--layers", "cudnn", status=2)
+    assert "layers must be one of" in line
+    assert "model must be one of" in call("train", "bert", "--task", "pairs", status=2)
+    assert "task of model 'rnnsearch' must be one of" in call(
+        "train", "rnnsearch", "--task", "trees", status=2
+    )
+    assert "needs data: the folder that holds" in call(
+        "train", "rnnsearch", "--task", "multi30k-de-en", status=2
+    )
     bad = tmp_path / "bad.tsv"
     bad.write_text("a\tb\nno tab\n")
-    line = call("train", "--run", tmp_path / "new", "--data", bad, status=2)
+    line = call(*new, "--data", bad, status=2)
     assert line.startswith(f"seqkern: {bad}:2: expected source<TAB>target")
     assert not checkpoint_path(tmp_path / "new").exists()
 
@@ -119,13 +209,11 @@ def test_what_evaluate_and_predict_refuse(call, run, data, tmp_path):
     )
     other = tmp_path / "other.tsv"
     other.write_text(data.read_text() + "aaaaaaa\tB\n")
-    assert "was trained on other pairs" in call("evaluate", path, "--data", other, status=2)
+    assert "was trained on other data" in call("evaluate", path, "--data", other, status=2)
     content = torch.load(path, weights_only=True)
-    content["target"] = content["target"][:-1]
+    content["vocabularies"]["target"]["symbols"].pop()
     torch.save(content, cut)
-    assert "the model has 8 target symbols, the vocabulary 7" in call(
-        "predict", "ab", "--checkpoint", cut, status=2
-    )
+    assert "size mismatch for embed_y" in call("predict", "ab", "--checkpoint", cut, status=2)
 
 
 def test_demo(call, data, tmp_path):
@@ -139,7 +227,7 @@ def test_demo(call, data, tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is fetched to show it
     for name in ("torch", "seqkern"):
         assert len(log_path(out / name).read_text().splitlines()) == 60
-        assert "sequence error rate" in call("evaluate", checkpoint_path(out / name))
+        assert "sequence_error" in call("evaluate", out / name)
     (out / "torch" / "kept.txt").write_text("of the user")
     call("demo", "--data", data, "--out", out, *options, "--steps", 1)
     assert (out / "torch" / "kept.txt").exists()

@@ -1,5 +1,6 @@
 """The main job on toy data: reading, splitting, training, resuming, decoding, measuring."""
 
+import gzip
 import importlib.util
 import itertools
 import json
@@ -17,23 +18,25 @@ import torch
 
 from seqkern.models import RNNSearch, RNNSearchConfig
 from seqkern.tasks import checkpoint
+from seqkern.tasks.batches import pad_sources
 from seqkern.tasks.compare import compare, train_in_turns
 from seqkern.tasks.data import (
-    Batches,
     Pair,
-    pad_sources,
     read_cmudict,
     read_pairs,
+    read_parallel,
     references,
     split_by_source,
 )
-from seqkern.tasks.decoding import beam_search, decode, length_penalty
+from seqkern.tasks.decoding import beam_search, length_penalty
+from seqkern.tasks.job import JobSpec
 from seqkern.tasks.metrics import error_rates
-from seqkern.tasks.predictor import Predictor
-from seqkern.tasks.run import SAVE_EVERY, StopRequest, checkpoint_path, read_log
-from seqkern.tasks.task import Task
-from seqkern.tasks.training import Trainer, TrainOptions
-from seqkern.tasks.vocab import BOS, EOS, PAD, UNKNOWN, Vocab
+from seqkern.tasks.options import TrainOptions
+from seqkern.tasks.registry import make_job
+from seqkern.tasks.run import SAVE_EVERY, StopRequest, checkpoint_path, log_path, read_log, save
+from seqkern.tasks.sides import tokenize
+from seqkern.tasks.training import Trainer
+from seqkern.tasks.vocab import BOS, EOS, PAD, UNKNOWN, Labels, Vocab
 
 SMALL = {"embedding": 8, "hidden": 16, "attention": 8, "maxout": 8}
 
@@ -42,15 +45,25 @@ def reversal(count=400, longest=6, seed=0):
     """Words over five letters with their letters in reverse and in capitals."""
     draw = random.Random(seed)
     words = {"".join(draw.choices("abcde", k=draw.randint(1, longest))) for _ in range(count)}
-    return [Pair(tuple(word), tuple(word.upper()[::-1])) for word in sorted(words)]
+    return [Pair(word, " ".join(word.upper()[::-1])) for word in sorted(words)]
 
 
 @pytest.fixture
 def toy_file(tmp_path):
     path = tmp_path / "toy.tsv"
-    lines = ["".join(source) + "\t" + " ".join(target) for source, target in reversal()]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("".join(f"{source}\t{target}\n" for source, target in reversal()))
     return path
+
+
+@pytest.fixture
+def train(toy_file):
+    """A trainer of RNNSearch on the reversed words."""
+
+    def make(options, sizes=SMALL, layers="seqkern"):
+        spec = JobSpec("rnnsearch", "pairs", str(toy_file), layers, sizes=sizes)
+        return Trainer(make_job(spec), options)
+
+    return make
 
 
 # --- vocabulary and data
@@ -67,13 +80,48 @@ def test_vocab_round_trip():
         Vocab(["<s>"])
 
 
+def test_the_rarest_symbols_are_left_out():
+    texts = ["aaa", "bb", "cc", "d"]
+    assert Vocab.build(texts, min_count=2).symbols[4:] == ("a", "b", "c")
+    assert Vocab.build(texts, most=2).symbols[4:] == ("a", "b")
+    assert Vocab.build([["<s>", "a"]]).symbols[4:] == ("a",)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        Vocab.build(texts, min_count=0)
+
+
+def test_labels():
+    labels = Labels.build(["b", "a", "b"])
+    assert (labels.names, labels.encode("b"), labels[0]) == (("a", "b"), 1, "a")
+    with pytest.raises(ValueError, match="label 'c' is not one of"):
+        labels.encode("c")
+    with pytest.raises(ValueError, match="at least one"):
+        Labels([])
+
+
 def test_reading_pairs(tmp_path):
     path = tmp_path / "pairs.tsv"
     path.write_bytes("\ufeffab c\tX  YY\n\n \nß\tZ\r\n".encode())
-    assert read_pairs(path) == [Pair(("a", "b", " ", "c"), ("X", "YY")), Pair(("ß",), ("Z",))]
-    assert read_pairs(path, "words", "chars")[0] == Pair(("ab", "c"), ("X", " ", " ", "Y", "Y"))
+    assert read_pairs(path) == [Pair("ab c", "X  YY"), Pair("ß", "Z")]
+    assert tokenize("ab c", "chars") == ("a", "b", " ", "c")
+    assert tokenize(" X  YY", "words") == ("X", "YY")
     with pytest.raises(ValueError, match=r"tokens must be one of .* got 'bytes'"):
-        read_pairs(path, "bytes")
+        tokenize("a", "bytes")
+
+
+def test_reading_parallel_files(tmp_path):
+    left, right = tmp_path / "a.en", tmp_path / "a.de.gz"
+    left.write_text("a cat\n\na dog\n")
+    right.write_bytes(gzip.compress(b"eine Katze\n\nein Hund\n"))
+    assert read_parallel(left, right) == [Pair("a cat", "eine Katze"), Pair("a dog", "ein Hund")]
+    left.write_text("a cat\n\n\n")
+    with pytest.raises(ValueError, match=r"a\.en:3: expected a line for .*'ein Hund'"):
+        read_parallel(left, right)
+    left.write_text("a cat\n")
+    with pytest.raises(ValueError, match=r"a\.en has 1 lines and .* 3"):
+        read_parallel(left, right)
+    right.write_bytes(gzip.compress(b"eine Katze\n")[:-4])
+    with pytest.raises(ValueError, match="not a whole gzip file"):
+        read_parallel(left, right)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +129,8 @@ def test_reading_pairs(tmp_path):
     [
         (b"no tab", r"expected source<TAB>target.* not 1 field\(s\), got 'no tab'"),
         (b"a\tb\tc", r"not 3 field\(s\)"),
-        (b"\tb", "two non-empty fields"),
-        (b"a\t ", "two non-empty fields"),
+        (b"\tb", "2 non-empty fields, not 2"),
+        (b"a\t ", "2 non-empty fields, not 2"),
         (b"a\t\xff", "not UTF-8"),
     ],
 )
@@ -101,7 +149,7 @@ def test_an_empty_file_is_refused(tmp_path):
 
 
 def test_the_split_shares_no_source():
-    pairs = [Pair(p.source, (*p.target, extra)) for p in reversal() for extra in "XY"]
+    pairs = [Pair(p.source, p.target + extra) for p in reversal() for extra in "XY"]
     split = split_by_source(pairs, seed=5, dev=0.1, test=0.2)
     parts = [{p.source for p in part} for part in (split.train, split.dev, split.test)]
     assert sum(map(len, parts)) == len(set.union(*parts))
@@ -119,10 +167,10 @@ def test_impossible_splits_are_refused():
         split_by_source(reversal(), 1, dev=0.5, test=0.5)
 
 
-def test_an_epoch_holds_every_pair_once_in_batches_of_like_length():
-    pairs = reversal()
-    source, target = Vocab.build(p.source for p in pairs), Vocab.build(p.target for p in pairs)
-    batches = Batches(pairs, source, target, batch_size=16, seed=1)
+def test_an_epoch_holds_every_pair_once_in_batches_of_like_length(train):
+    options = TrainOptions(steps=1, batch_size=16)
+    trainer = train(options)
+    batches, job = trainer.batches, trainer.job
     seen = Counter()
     padding = symbols = 0
     for step in range(batches.per_epoch):
@@ -130,12 +178,14 @@ def test_an_epoch_holds_every_pair_once_in_batches_of_like_length():
         assert torch.equal(b.y_previous[:, 1:][b.y[:, :-1] != EOS], b.y[:, :-1][b.y[:, :-1] != EOS])
         for x, length, y in zip(b.x.tolist(), b.lengths.tolist(), b.y.tolist(), strict=True):
             assert x[length:] == [PAD] * (len(x) - length)
-            seen[Pair(source.decode(x), target.decode(y))] += 1
+            seen[Pair(job.source.decode(x), job.target.decode(y))] += 1
+        assert b.rows == len(b.x)
+        assert b.units == int((b.y != PAD).sum())
         padding += int((b.y == PAD).sum())
         symbols += b.y.numel()
-    assert seen == Counter(pairs)
+    assert seen == Counter(job.data.train)
     assert padding < 0.05 * symbols
-    again = Batches(pairs, source, target, batch_size=16, seed=1)
+    again = train(options).batches
     late = 2 * batches.per_epoch + 3
     assert torch.equal(again[late].x, batches[late].x)
     assert not torch.equal(batches[0].x, batches[batches.per_epoch].x)
@@ -146,10 +196,10 @@ def test_an_epoch_holds_every_pair_once_in_batches_of_like_length():
 )
 def test_the_dictionary():
     pairs = read_cmudict()
-    assert Pair(tuple("kernel"), ("K", "ER", "N", "AH", "L")) in pairs
+    assert Pair("kernel", "K ER N AH L") in pairs
     assert len(pairs) == len(set(pairs)) > 120_000
-    assert len({phoneme for pair in pairs for phoneme in pair.target}) == 39
-    assert len(references(pairs)[tuple("read")]) == 2
+    assert len({phoneme for pair in pairs for phoneme in pair.target.split()}) == 39
+    assert len(references(pairs)["read"]) == 2
 
 
 # --- measures
@@ -262,51 +312,44 @@ def test_bad_beams_are_refused(untrained):
 # --- training
 
 
-@pytest.fixture
-def task(toy_file):
-    return Task(str(toy_file))
-
-
 def losses_of(trainer, steps):
     return [loss for loss, _ in trainer.train(steps)]
 
 
-def test_equal_losses_on_both_layers(task):
+def test_equal_losses_on_both_layers(train):
     """Fifty steps in float32: the two runs differ by what rounding grows to, and learn."""
     options = TrainOptions(steps=50, batch_size=32, lr=5e-3, warmup=10)
-    runs = [losses_of(Trainer(task, options, SMALL, n), 50) for n in ("torch", "seqkern")]
+    runs = [losses_of(train(options, SMALL, n), 50) for n in ("torch", "seqkern")]
     assert max(abs(a - b) for a, b in zip(*runs, strict=True)) < 1e-4
     assert runs[0][-1] < 0.8 * runs[0][0]
 
 
 @pytest.mark.parametrize("layers", ["torch", "seqkern"])
-def test_reversal_is_learned(task, layers):
+def test_reversal_is_learned(train, layers):
     options = TrainOptions(steps=350, batch_size=32, lr=1e-2, warmup=20)
     sizes = {"embedding": 16, "hidden": 32, "attention": 16, "maxout": 16, "dropout": 0.0}
-    trainer = Trainer(task, options, sizes, layers)
+    trainer = train(options, sizes, layers)
     losses_of(trainer, options.steps)
-    predictor = Predictor.of(trainer)
-    assert predictor.evaluate(trainer.split.test, beam=4).sequence <= 0.1
-    word = tuple("abcde")
-    alignment = predictor.align(word)
+    assert trainer.job.evaluate("test", beam=4)["sequence_error"] <= 0.1
+    alignment = trainer.job.align("abcde")
+    assert alignment.source == tuple("abcde")
     assert alignment.target == tuple("EDCBA")
     assert alignment.weights.shape == (6, 5)
 
 
-def test_a_word_decodes_the_same_in_any_company(task):
-    trainer = Trainer(task, TrainOptions(steps=60, batch_size=32, lr=1e-2, warmup=5), SMALL)
+def test_a_word_decodes_the_same_in_any_company(train):
+    trainer = train(TrainOptions(steps=60, batch_size=32, lr=1e-2, warmup=5))
     losses_of(trainer, 60)
-    sources = [pair.source for pair in trainer.split.train[:40]]
-    model = trainer.model.eval()
-    together = decode(model, sources, trainer.source, trainer.target, max_length=9)
+    sources = [pair.source for pair in trainer.job.data.train[:40]]
+    together = trainer.job.decode(sources)
     for source, target in zip(sources, together, strict=True):
-        assert decode(model, [source], trainer.source, trainer.target, max_length=9) == [target]
+        assert trainer.job.decode([source]) == [target]
 
 
-def test_trainers_in_turns_do_not_disturb_each_other(task):
+def test_trainers_in_turns_do_not_disturb_each_other(train):
     options = TrainOptions(steps=12, batch_size=32)
-    alone = losses_of(Trainer(task, options, SMALL | {"dropout": 0.3}), 12)
-    first, second = (Trainer(task, options, SMALL | {"dropout": 0.3}) for _ in range(2))
+    alone = losses_of(train(options, SMALL | {"dropout": 0.3}), 12)
+    first, second = (train(options, SMALL | {"dropout": 0.3}) for _ in range(2))
     taken = ([], [])
     for turn in (0, 1, 0, 1):
         torch.rand(3)  # numbers drawn by others between the turns
@@ -314,8 +357,18 @@ def test_trainers_in_turns_do_not_disturb_each_other(task):
     assert taken[0] == taken[1] == alone
 
 
-def test_bad_options_are_refused(task):
-    for bad in ({"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": math.nan}, {"warmup": -1}):
+def test_bad_options_are_refused():
+    for bad in (
+        {"steps": 0},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"warmup": -1},
+        {"optimizer": "sgdm"},
+        {"schedule": "step"},
+        {"precision": "int8"},
+        {"beta2": 1.0},
+    ):
         name = next(iter(bad))
         with pytest.raises(ValueError, match=name):
             TrainOptions(**bad)
@@ -324,26 +377,27 @@ def test_bad_options_are_refused(task):
 # --- checkpoints
 
 
-def test_resumed_losses_are_the_uninterrupted_ones(task, tmp_path):
-    options = TrainOptions(steps=30, batch_size=16)
+def test_resumed_losses_are_the_uninterrupted_ones(train, tmp_path):
+    options = TrainOptions(steps=30, batch_size=16, accumulate=2, precision="bfloat16")
     sizes = SMALL | {"dropout": 0.2, "encoder_layers": 2}
-    whole = losses_of(Trainer(task, options, sizes), 30)
-    trainer = Trainer(task, options, sizes)
+    whole = losses_of(train(options, sizes), 30)
+    trainer = train(options, sizes)
     before = losses_of(trainer, 13)
-    trainer.save(tmp_path / "checkpoint.pt")
+    save(trainer, tmp_path / "checkpoint.pt")
     resumed = Trainer.resume(tmp_path / "checkpoint.pt")
-    assert resumed.model.layers == "seqkern"
+    assert resumed.job.spec.layers == "seqkern"
     assert before + losses_of(resumed, 30) == whole
     assert resumed.finished
 
 
 def write_command(path, steps):
     """A training with checkpoints, as a program that a test can kill."""
-    path.write_text("import typer\nfrom seqkern.cli.train import train\ntyper.run(train)\n")
+    path.write_text("from seqkern.cli import main\nmain()\n")
     run = path.parent / "run"
-    arguments = ["--run", run, "--data", path.parent / "toy.tsv", "--steps", str(steps)]
-    arguments += ["--batch-size", "16", "--hidden", "16"]
-    return run, [sys.executable, str(path), *map(str, arguments)]
+    command = [sys.executable, path, "train", "rnnsearch", "--task", "pairs", "--run", run]
+    options = ["--data", path.parent / "toy.tsv", "--steps", steps]
+    options += ["--batch-size", 16, "--set", "hidden=16"]
+    return run, [str(word) for word in (*command, *options)]
 
 
 def wait_for_step(run, process, step):
@@ -356,7 +410,7 @@ def wait_for_step(run, process, step):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_process_resumes_to_the_same_losses(toy_file, tmp_path, how):
+def test_a_stopped_process_resumes_to_the_same_losses(train, tmp_path, how):
     steps = SAVE_EVERY + 40
     run, command = write_command(tmp_path / "command.py", steps)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -373,11 +427,11 @@ def test_a_stopped_process_resumes_to_the_same_losses(toy_file, tmp_path, how):
     else:
         assert process.returncode == 130, err
         assert f"stopped after step {saved}" in out
-        assert f"resume with: seqkern train --run {run}" in out
-    subprocess.run([*command[:2], "--run", run], check=True, capture_output=True, timeout=60)
+        assert "the same command goes on" in out
+    subprocess.run(command[:8], check=True, capture_output=True, timeout=60)
     options = TrainOptions(steps=steps, batch_size=16)
-    whole = losses_of(Trainer(Task(str(toy_file)), options, {"hidden": 16}), steps)
-    lines = read_log(run)
+    whole = losses_of(train(options, {"hidden": 16}), steps)
+    lines = read_log(log_path(run))
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert [line["loss"] for line in lines] == whole
 
@@ -396,9 +450,9 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_bad_checkpoints_are_refused(task, tmp_path, toy_file):
+def test_bad_checkpoints_are_refused(train, tmp_path, toy_file):
     path = tmp_path / "checkpoint.pt"
-    Trainer(task, TrainOptions(steps=5), SMALL).save(path)
+    save(train(TrainOptions(steps=5)), path)
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
@@ -418,24 +472,24 @@ def test_bad_checkpoints_are_refused(task, tmp_path, toy_file):
         Trainer.resume(path)
     path.write_bytes(whole)
     toy_file.write_text(toy_file.read_text() + "abcabc\tX X\n")
-    with pytest.raises(ValueError, match="was trained on other pairs"):
+    with pytest.raises(ValueError, match="was trained on other data"):
         Trainer.resume(path)
 
 
 # --- the comparison
 
 
-def test_the_comparison_measures_both_runs(task, tmp_path):
+def test_the_comparison_measures_both_runs(train, tmp_path):
     options = TrainOptions(steps=60, batch_size=32, lr=5e-3, warmup=5)
-    split = task.load()
-    trainers = {n: Trainer(task, options, SMALL, n, split) for n in ("torch", "seqkern")}
+    trainers = {n: train(options, SMALL, n) for n in ("torch", "seqkern")}
+    jobs = {name: trainer.job for name, trainer in trainers.items()}
     steps, words = Counter(), Counter()
     rates = train_in_turns(
         trainers, tmp_path, StopRequest(), lambda name, loss: steps.update([name])
     )
-    result = compare(trainers, split, tmp_path, rates, 2, lambda name, n: words.update({name: n}))
+    result = compare(jobs, tmp_path, rates, 2, lambda name, n: words.update({name: n}))
     assert steps == {"torch": 60, "seqkern": 60}
-    assert set(words.values()) == {len(references(split.test))}
+    assert set(words.values()) == {len(references(jobs["torch"].data.test))}
     assert len(result.torch.losses) == len(result.seqkern.losses) == 60
     assert 0 <= result.loss_difference < 1e-4
     assert result.train_ratio == result.seqkern.train_rate / result.torch.train_rate > 0

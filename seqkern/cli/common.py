@@ -13,10 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 USER_ERROR, INTERRUPTED = 2, 130
 
-Checkpoint = Annotated[Path, typer.Argument(help="checkpoint.pt of a run")]
-Beam = Annotated[int, typer.Option(help="hypotheses kept for each word; 1 is greedy")]
+Checkpoint = Annotated[Path, typer.Argument(help="folder of a run, or a checkpoint in it")]
+Data = Annotated[
+    str, typer.Option(help="folder of the corpora, or your file; needed but for generated data")
+]
+Beam = Annotated[int, typer.Option(help="hypotheses kept, where a model decodes; 1 is greedy")]
 Layers = Annotated[
-    str | None, typer.Option(help="recurrent layers: seqkern or torch; seqkern for a new run")
+    str | None, typer.Option(help="layers of the model: seqkern or torch; seqkern for a new run")
 ]
 
 
@@ -30,12 +33,13 @@ def user_errors() -> Iterator[None]:
         raise typer.Exit(USER_ERROR) from error
 
 
-def progress_bar() -> Progress:
-    """A bar with name, steps done, the last loss and the time left."""
+def progress_bar(disable: bool = False) -> Progress:
+    """A bar with name, steps done, the last loss and the time left; or none."""
     return Progress(
         TextColumn("{task.description:>8}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]:>12}"),
         TimeRemainingColumn(),
+        disable=disable,
     )

@@ -14,12 +14,13 @@ from rich.table import Table
 from seqkern.cli import doctor
 from seqkern.cli.common import INTERRUPTED, Beam, progress_bar, user_errors
 from seqkern.tasks.compare import RUNS, Comparison, compare, train_in_turns
-from seqkern.tasks.data import Split, references
-from seqkern.tasks.predictor import Alignment, Predictor
+from seqkern.tasks.data import references
+from seqkern.tasks.job import JobSpec
+from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.report import table_rows, write_report
 from seqkern.tasks.run import stop_on_signal
-from seqkern.tasks.task import Task
-from seqkern.tasks.training import Trainer, TrainOptions
+from seqkern.tasks.training import Trainer
+from seqkern.tasks.translation import Alignment, TranslationJob
 
 OPTION = typer.Option
 SHOWN = 6  # words with a heat-map
@@ -41,35 +42,38 @@ def demo(
     with user_errors():
         if beam < 1:
             raise ValueError(f"beam must be at least 1, got {beam}")
-        task = Task(data, seed=seed)
-        split = task.load()
         options = TrainOptions(steps=steps, batch_size=batch_size, seed=seed, threads=threads)
         torch.set_num_threads(threads)
-        trainers = {name: Trainer(task, options, {"hidden": hidden}, name, split) for name in RUNS}
-        facts = _facts(trainers["seqkern"], split)
+        jobs = {name: _job(data, seed, hidden, name) for name in RUNS}
+        trainers = {name: Trainer(job, options) for name, job in jobs.items()}
+        facts = _facts(jobs["seqkern"], options)
         for name, value in facts:
             console.print(f"{name}: {value}", highlight=False)
         rates = _train(trainers, out)
-        comparison = _decode(trainers, split, out, rates, beam)
+        comparison = _decode(jobs, out, rates, beam)
         console.print(_table(comparison))
         facts.append(("whole time", f"{time.perf_counter() - started:.0f} s"))
         report = out / "report.html"
-        alignments = _alignments(trainers["seqkern"], split, beam)
+        alignments = _alignments(jobs["seqkern"], beam)
         write_report(report, comparison, alignments, facts, "\n".join(doctor.report()))
     console.print(f"{facts[-1][1]}; report: {report}", highlight=False)
 
 
-def _facts(trainer: Trainer, split: Split) -> list[tuple[str, str]]:
-    parts = [len(references(part)) for part in (split.train, split.dev, split.test)]
-    size = sum(p.numel() for p in trainer.model.parameters())
-    options, config = trainer.options, trainer.model.config
+def _job(data: str, seed: int, hidden: int, layers: str) -> TranslationJob:
+    task, data = ("cmudict", "") if data == "cmudict" else ("pairs", data)
+    return TranslationJob(JobSpec("rnnsearch", task, data, layers, seed, {"hidden": hidden}))
+
+
+def _facts(job: TranslationJob, options: TrainOptions) -> list[tuple[str, str]]:
+    parts = [len(references(part)) for part in job.data]
+    size = sum(p.numel() for p in job.model.parameters())
     return [
         (
             "data",
-            f"{trainer.task.data}: {parts[0]:,} words to train, {parts[1]:,} dev, "
-            f"{parts[2]:,} test; {len(split.train):,} training pairs",
+            f"{job.spec.data or job.spec.task}: {parts[0]:,} words to train, {parts[1]:,} dev, "
+            f"{parts[2]:,} test; {len(job.data.train):,} training pairs",
         ),
-        ("model", f"RNNSearch, hidden {config.hidden}, {size:,} parameters"),
+        ("model", f"RNNSearch, hidden {job.spec.sizes['hidden']}, {size:,} parameters"),
         (
             "training",
             f"{options.steps} steps of {options.batch_size} words, lr {options.lr}, "
@@ -90,22 +94,22 @@ def _train(trainers: dict[str, Trainer], out: Path) -> dict[str, float]:
 
         rates = train_in_turns(trainers, out, stop, on_step)
     if stop:
+        spec = trainers["seqkern"].job.spec
         print(
-            f"stopped; either run goes on with: seqkern train --run {out}/torch (or {out}/seqkern)"
+            f"stopped; either run goes on with: seqkern train {spec.model} --task {spec.task} "
+            f"--run {out}/torch (or {out}/seqkern)"
         )
         raise typer.Exit(INTERRUPTED)
     return rates
 
 
 def _decode(
-    trainers: dict[str, Trainer], split: Split, out: Path, rates: dict[str, float], beam: int
+    jobs: dict[str, TranslationJob], out: Path, rates: dict[str, float], beam: int
 ) -> Comparison:
-    words = len(references(split.test))
+    words = len(references(jobs["seqkern"].data.test))
     with progress_bar() as bar:
-        lines = {name: bar.add_task(name, total=words, note="decoding") for name in trainers}
-        return compare(
-            trainers, split, out, rates, beam, lambda name, n: bar.update(lines[name], advance=n)
-        )
+        lines = {name: bar.add_task(name, total=words, note="decoding") for name in jobs}
+        return compare(jobs, out, rates, beam, lambda name, n: bar.update(lines[name], advance=n))
 
 
 def _table(comparison: Comparison) -> Table:
@@ -117,10 +121,9 @@ def _table(comparison: Comparison) -> Table:
     return table
 
 
-def _alignments(trainer: Trainer, split: Split, beam: int) -> list[Alignment]:
+def _alignments(job: TranslationJob, beam: int) -> list[Alignment]:
     """Of test words from all over the alphabet, long enough to show much where there are such."""
-    sources = list(references(split.test))
+    sources = list(references(job.data.test))
     words = [source for source in sources if 7 <= len(source) <= 12] or sources
-    predictor = Predictor.of(trainer)
     spread = words[:: max(1, len(words) // SHOWN)][:SHOWN]
-    return [predictor.align(word, beam) for word in spread]
+    return [job.align(word, beam) for word in spread]

@@ -1,15 +1,15 @@
-"""`seqkern evaluate CHECKPOINT`: error rates on the pairs that the run did not train on."""
+"""`seqkern evaluate RUN`: scores on the examples that the run did not train on."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from seqkern.cli.common import Beam, Checkpoint, Layers, user_errors
-from seqkern.tasks.predictor import Predictor
-from seqkern.tasks.training import expect_same_data
+from seqkern.tasks import checkpoint as checkpoints
+from seqkern.tasks.run import result_path
+from seqkern.tasks.training import expect_same_data, restore_job
 
 
 def evaluate(
@@ -19,16 +19,19 @@ def evaluate(
     beam: Beam = 4,
     layers: Layers = None,
 ) -> None:
-    """Print symbol (phoneme) and sequence (word) error rate on held-out words."""
+    """Print the scores of a run on its test part."""
     with user_errors():
         if part not in ("test", "dev"):
             raise ValueError(f"part must be test or dev, got {part!r}")
-        predictor, content = Predictor.load(checkpoint, layers)
-        split = replace(predictor.task, data=data or predictor.task.data).load()
-        expect_same_data(checkpoint, content, split)
-        pairs = getattr(split, part)
-        rates = predictor.evaluate(pairs, beam)
-        words = len({pair.source for pair in pairs})
-    print(f"{part}: {words} words, beam {beam}")
-    print(f"symbol error rate   {rates.symbol:.2%}")
-    print(f"sequence error rate {rates.sequence:.2%}")
+        if beam < 1:
+            raise ValueError(f"beam must be at least 1, got {beam}")
+        path = result_path(checkpoint)
+        content = checkpoints.load(path)
+        job = restore_job(content, layers, data)
+        expect_same_data(path, content, job)
+        scores = job.evaluate(part, beam=beam)
+    print(f"{job.spec.model} on {job.spec.task}, {part}: {len(job.part(part))} examples")
+    for name, value in scores.items():
+        print(f"{name:<16} {value:.4f}")
+    if job.scorer():
+        print(f"by {job.scorer()}")

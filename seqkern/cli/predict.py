@@ -1,29 +1,53 @@
-"""`seqkern predict WORD... --checkpoint PATH`: decodes words."""
+"""`seqkern predict TEXT... --checkpoint RUN` and `seqkern translate RUN`: answers for texts."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from seqkern.cli.common import Beam, Layers, user_errors
-from seqkern.tasks.predictor import Predictor
+from seqkern.cli.common import Beam, Checkpoint, Layers, user_errors
+from seqkern.tasks import checkpoint as checkpoints
+from seqkern.tasks.job import Job
+from seqkern.tasks.run import result_path
+from seqkern.tasks.training import restore_job
+
+
+def load_job(path: Path, layers: str | None = None) -> Job:
+    """The trained job of a run's folder or of a checkpoint."""
+    return restore_job(checkpoints.load(result_path(path)), layers)
 
 
 def predict(
-    words: Annotated[list[str], typer.Argument(help="words, or sources in quotes")],
-    checkpoint: Annotated[Path, typer.Option(help="checkpoint.pt of a run")] = Path(
-        "runs/demo/seqkern/checkpoint.pt"
+    texts: Annotated[list[str], typer.Argument(help="words, or texts in quotes")],
+    checkpoint: Annotated[Path, typer.Option(help="folder of a run, or a checkpoint")] = Path(
+        "runs/demo/seqkern"
     ),
     beam: Beam = 4,
     layers: Layers = None,
 ) -> None:
-    """Print each word with its target, a tab between them."""
+    """Print each text with the model's answer, a tab between them."""
     with user_errors():
-        predictor, _ = Predictor.load(checkpoint, layers)
-        sources = [predictor.symbols_of(word) for word in words]
-        targets = predictor.decode(sources, beam)
-    joint = "" if predictor.task.target_tokens == "chars" else " "
-    for word, target in zip(words, targets, strict=True):
-        print(f"{word}\t{joint.join(target)}")
+        answers = load_job(checkpoint, layers).predict(texts, beam=beam)
+    for text, answer in zip(texts, answers, strict=True):
+        print(f"{text}\t{answer}")
+
+
+def translate(
+    checkpoint: Checkpoint,
+    source: Annotated[
+        Path | None, typer.Argument(help="a text a line; standard input where it is left out")
+    ] = None,
+    beam: Beam = 4,
+    layers: Layers = None,
+) -> None:
+    """Print the model's answer to each line of a file, a line each; an empty line stays one."""
+    with user_errors():
+        text = sys.stdin.read() if source is None else source.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        asked = [line for line in lines if line.strip()]
+        answers = iter(load_job(checkpoint, layers).predict(asked, beam=beam) if asked else [])
+    for line in lines:
+        print(next(answers) if line.strip() else "")

@@ -1,4 +1,4 @@
-"""`seqkern train`: trains RNNSearch on pairs, in a folder that an interrupted run resumes from."""
+"""`seqkern train MODEL`: trains a model in a folder that an interrupted run resumes from."""
 
 from __future__ import annotations
 
@@ -9,97 +9,110 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from seqkern.cli.common import INTERRUPTED, Layers, progress_bar, user_errors
+from seqkern.cli.common import INTERRUPTED, Data, Layers, progress_bar, user_errors
+from seqkern.cli.parallel import joined_processes
+from seqkern.tasks.registry import MODELS, make_job
 from seqkern.tasks.run import checkpoint_path, run_steps, start_log, stop_on_signal
-from seqkern.tasks.task import Task
-from seqkern.tasks.training import Trainer, TrainOptions
+from seqkern.tasks.settings import parse_settings, resolve
+from seqkern.tasks.training import Trainer, processes
 
 OPTION = typer.Option
-SIZES = ("hidden",)
-TASK = ("data", "source_tokens", "target_tokens")
 
 
 def train(
-    run: Annotated[Path, OPTION(help="folder of checkpoint.pt and losses.jsonl")] = Path(
-        "runs/g2p"
-    ),
-    data: Annotated[
-        str | None, OPTION(help="cmudict (default), or a source<TAB>target file")
-    ] = None,
-    tokens: Annotated[
-        str | None, OPTION(help="SOURCE:TARGET, each chars or words; default chars:words")
-    ] = None,
+    model: Annotated[str, typer.Argument(help=f"one of {', '.join(sorted(MODELS))}")],
+    task: Annotated[str, OPTION(help="a corpus by name, or the format of your own data")],
+    data: Data = "",
+    run: Annotated[Path | None, OPTION(help="folder of the run; default runs/MODEL-TASK")] = None,
     layers: Layers = None,
-    steps: Annotated[int | None, OPTION(help=f"default {TrainOptions.steps}")] = None,
-    batch_size: Annotated[int | None, OPTION(help=f"default {TrainOptions.batch_size}")] = None,
-    lr: Annotated[float | None, OPTION(help=f"highest; default {TrainOptions.lr}")] = None,
-    hidden: Annotated[int | None, OPTION(help="units of encoder and decoder; default 128")] = None,
-    seed: Annotated[int | None, OPTION(help=f"default {TrainOptions.seed}")] = None,
-    threads: Annotated[int | None, OPTION(help=f"default {TrainOptions.threads}")] = None,
+    steps: Annotated[int | None, OPTION(help="updates of the weights")] = None,
+    seed: Annotated[int | None, OPTION(help="of split, weights, order and dropout")] = None,
+    device: Annotated[str, OPTION(help="cpu, or cuda")] = "cpu",
+    settings: Annotated[
+        list[str] | None, OPTION("--set", help="NAME=VALUE of model, task or training, as lr=0.01")
+    ] = None,
+    tensorboard: Annotated[bool, OPTION(help="log for TensorBoard in the folder too")] = False,
 ) -> None:
-    """Train an encoder-decoder with additive attention on pairs of sequences.
+    """Train a reference model on a corpus or on your own files.
 
-    Where the folder holds a checkpoint, the run goes on from there with the options it began
-    with, to the same losses as if it had not been interrupted.
+    Settings that are not given are those of the model's recipe (seqkern reproduce). Where the
+    folder holds a checkpoint, the run goes on from there with the options it began with, to the
+    same losses as if it had not been interrupted. Under torchrun the processes share the work.
     """
-    given: dict[str, Any] = {
-        "data": data,
-        "steps": steps,
-        "batch_size": batch_size,
-        "lr": lr,
-        "hidden": hidden,
-        "seed": seed,
-        "threads": threads,
-    }
-    with user_errors():
-        if tokens is not None:
-            given["source_tokens"], _, given["target_tokens"] = tokens.partition(":")
+    folder = run or Path("runs") / f"{model}-{task}"
+    given: dict[str, Any] = {"steps": steps, "seed": seed}
+    with user_errors(), joined_processes():
         given = {name: value for name, value in given.items() if value is not None}
-        resume = checkpoint_path(run).exists()
-        trainer = _resume(run, given, layers) if resume else _start(given, layers)
+        given |= parse_settings(settings or [])
+        path = checkpoint_path(folder)
+        if path.exists():
+            trainer = Trainer.resume(path, layers, device)
+            _expect_kept(trainer, path, {"model": model, "task": task, "data": data}, given)
+            _say(f"resuming {folder} after step {trainer.step}")
+        else:
+            spec, options = resolve(model, task, data, layers or "seqkern", given)
+            job = make_job(spec)
+            job.model.to(device)
+            trainer = Trainer(job, options)
         torch.set_num_threads(trainer.options.threads)
-        start_log(run, trainer.step)
-        finished = _run(trainer, run)
+        start_log(folder, trainer.step)
+        finished = _run(trainer, folder, tensorboard)
     if not finished:
-        print(f"stopped after step {trainer.step}; resume with: seqkern train --run {run}")
+        _say(f"stopped after step {trainer.step}; the same command goes on")
         raise typer.Exit(INTERRUPTED)
-    print(f"done: {checkpoint_path(run)}")
+    _say(f"done: {folder}")
 
 
-def _start(given: dict[str, Any], layers: str | None) -> Trainer:
-    task = Task(**{k: v for k, v in given.items() if k in (*TASK, "seed")})
-    sizes = {k: v for k, v in given.items() if k in SIZES}
-    options = {k: v for k, v in given.items() if k not in (*TASK, *SIZES)}
-    return Trainer(task, TrainOptions(**options), sizes, layers or "seqkern")
+def _say(text: str) -> None:
+    if processes()[0] == 0:
+        print(text)
 
 
-def _resume(run: Path, given: dict[str, Any], layers: str | None) -> Trainer:
-    path = checkpoint_path(run)
-    trainer = Trainer.resume(path, layers)
-    kept = vars(trainer.model.config) | vars(trainer.task) | vars(trainer.options)
-    for name, value in given.items():
-        if kept[name] != value:
+def _expect_kept(trainer: Trainer, path: Path, spec: dict[str, str], given: dict[str, Any]) -> None:
+    """Raises ValueError where a resumed run is given other settings than it began with."""
+    job = trainer.job
+    kept = {**vars(job.model.config), **job.reading, **vars(trainer.options), **vars(job.spec)}
+    for name, value in {**{n: v for n, v in spec.items() if v}, **given}.items():
+        if name not in kept:
+            raise ValueError(f"no setting {name!r} of model {job.spec.model!r}")
+        if kept[name] != (tuple(value) if isinstance(value, list) else value):
             raise ValueError(
                 f"{name} is {value!r} here and {kept[name]!r} in {path}: a resumed run keeps its "
                 "options; leave it out, or choose another --run"
             )
-    print(f"resuming {run} after step {trainer.step}")
-    return trainer
 
 
-def _run(trainer: Trainer, run: Path) -> bool:
+def _run(trainer: Trainer, folder: Path, tensorboard: bool) -> bool:
     """Trains to the end; returns False where it was asked to stop before."""
-    with stop_on_signal() as stop, progress_bar() as bar:
-        options = trainer.options
-        line = bar.add_task(
-            trainer.model.layers, total=options.steps, completed=trainer.step, note=""
-        )
-        run_steps(
-            trainer,
-            run,
-            options.steps,
-            stop,
-            lambda loss: bar.update(line, advance=1, note=f"loss {loss:.3f}"),
-        )
+    writer = _writer(folder) if tensorboard and trainer.rank == 0 else None
+    with stop_on_signal() as stop, progress_bar(disable=trainer.rank > 0) as bar:
+        name = trainer.job.spec.model
+        line = bar.add_task(name, total=trainer.steps, completed=trainer.step, note="")
+
+        def on_step(loss: float) -> None:
+            bar.update(line, advance=1, note=f"loss {loss:.3f}")
+            if writer:
+                writer.add_scalar("train/loss", loss, trainer.step)
+
+        def on_scores(step: int, scores: dict[str, float]) -> None:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            bar.console.print(f"step {step}: dev {shown}", highlight=False)
+            if writer:
+                for score, value in scores.items():
+                    writer.add_scalar(f"dev/{score}", value, step)
+
+        run_steps(trainer, folder, trainer.steps, stop, on_step, on_scores)
+    if writer:
+        writer.close()
     sys.stdout.flush()
     return trainer.finished
+
+
+def _writer(folder: Path):
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "--tensorboard needs the package tensorboard: pip install tensorboard"
+        ) from error
+    return SummaryWriter(str(folder))

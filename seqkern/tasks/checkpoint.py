@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 
-FORMAT = "seqkern-rnnsearch-1"
+FORMAT = "seqkern-2"
 KEYS = {
     "format",
-    "task",  # where the pairs come from, as keyword arguments of tasks.task.Task
-    "data",  # fingerprint of the training pairs
-    "source",  # symbols of the two vocabularies
-    "target",
-    "layers",
+    "spec",  # keyword arguments of tasks.job.JobSpec
+    "data",  # fingerprint of the training examples
+    "vocabularies",  # by name
     "options",  # keyword arguments of TrainOptions
-    "model_config",  # and of RNNSearchConfig
     "model",
     "optimizer",
     "step",
-    "rng_state",
+    "best",  # fields of training.Best, or None
+    "recent",  # weights of the last evaluations, where they are to be averaged
+    "random",  # of each process: its random state, and what its job carries
 }
 
 

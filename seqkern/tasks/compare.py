@@ -13,11 +13,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from seqkern.tasks.data import Split, references
+from seqkern.tasks.data import references
 from seqkern.tasks.metrics import ErrorRates, error_rates
-from seqkern.tasks.predictor import Predictor
-from seqkern.tasks.run import StopRequest, checkpoint_path, read_log, run_steps, start_log
+from seqkern.tasks.run import (
+    StopRequest,
+    checkpoint_path,
+    log_path,
+    read_log,
+    run_steps,
+    start_log,
+)
+from seqkern.tasks.sides import tokenize
 from seqkern.tasks.training import Trainer
+from seqkern.tasks.translation import TranslationJob
 
 RUNS = ("torch", "seqkern")
 BLOCK = 50  # steps of a turn, and the losses that are compared one by one
@@ -83,22 +91,22 @@ def train_in_turns(
 
 
 def decode_in_turns(
-    predictors: dict[str, Predictor],
-    sources: Sequence[Sequence[str]],
+    jobs: dict[str, TranslationJob],
+    sources: Sequence[str],
     beam: int,
     on_words: Callable[[str, int], None],
-) -> tuple[dict[str, list[tuple[str, ...]]], dict[str, float]]:
-    """Every predictor's targets of the sources, in their order, and its words/s."""
+) -> tuple[dict[str, list[str]], dict[str, float]]:
+    """Every job's targets of the sources, in their order, and its words/s."""
     order = list(range(len(sources)))
     random.Random(0).shuffle(order)  # parts of like mixture
-    targets: dict[str, list[tuple[str, ...]]] = {n: [()] * len(sources) for n in predictors}
-    rates: dict[str, list[float]] = {name: [] for name in predictors}
-    names = list(predictors)
+    targets: dict[str, list[str]] = {name: [""] * len(sources) for name in jobs}
+    rates: dict[str, list[float]] = {name: [] for name in jobs}
+    names = list(jobs)
     for start in range(min(PARTS, len(order))):
         part = order[start::PARTS]
         for name in names:
             before = time.perf_counter()
-            decoded = predictors[name].decode([sources[i] for i in part], beam)
+            decoded = jobs[name].decode([sources[i] for i in part], beam)
             rates[name].append(len(part) / (time.perf_counter() - before))
             for i, target in zip(part, decoded, strict=True):
                 targets[name][i] = target
@@ -108,23 +116,23 @@ def decode_in_turns(
 
 
 def compare(
-    trainers: dict[str, Trainer],
-    split: Split,
+    jobs: dict[str, TranslationJob],
     folder: Path,
     train_rates: dict[str, float],
     beam: int,
     on_words: Callable[[str, int], None],
 ) -> Comparison:
     """Decodes the test words with both trained models and puts all figures together."""
-    answers = references(split.test)
-    predictors = {name: Predictor.of(trainer) for name, trainer in trainers.items()}
-    targets, decode_rates = decode_in_turns(predictors, list(answers), beam, on_words)
+    answers = references(jobs["seqkern"].data.test)
+    targets, decode_rates = decode_in_turns(jobs, list(answers), beam, on_words)
+    tokens = jobs["seqkern"].target.tokens
+    right = [[tokenize(t, tokens) for t in targets] for targets in answers.values()]
     results = {
         name: Result(
             train_rates[name],
             decode_rates[name],
-            error_rates(targets[name], list(answers.values())),
-            [line["loss"] for line in read_log(folder / name)],
+            error_rates([tokenize(t, tokens) for t in targets[name]], right),
+            [line["loss"] for line in read_log(log_path(folder / name))],
         )
         for name in RUNS
     }

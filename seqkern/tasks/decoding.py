@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from seqkern.tasks.data import pad_sources
-from seqkern.tasks.vocab import BOS, EOS, PAD, Vocab
+from seqkern.tasks.batches import pad_sources
+from seqkern.tasks.vocab import BOS, EOS, PAD
 
 
 class Decodable(Protocol):
-    """encode: x (B, Tx), lengths (B,) -> memory, s_0 (B, H).
-    step: y (B, K), s (B, K, H), memory -> (log_p (B, K, V), s (B, K, H), alignment (B, K, Tx)).
+    """encode: x (B, Tx), lengths (B,) -> memory, state; what a step reads and what it hands on.
+    step: y (B, K), state, memory -> (log_p (B, K, V), state, alignment (B, K, Tx)).
+
+    A state is a tensor, or a tuple or dict of states; encode's have B as the first dimension, and
+    step's B, K. A model without alignments gives them as zeros.
     """
 
-    def encode(self, x: Tensor, lengths: Tensor) -> tuple: ...
+    def encode(self, x: Tensor, lengths: Tensor) -> tuple[Any, Any]: ...
 
-    def step(self, y: Tensor, s: Tensor, memory) -> tuple[Tensor, Tensor, Tensor]: ...
+    def step(self, y: Tensor, s: Any, memory: Any) -> tuple[Tensor, Any, Tensor]: ...
+
+
+def map_state(function, state):
+    """The state with a function of a tensor applied to all of its tensors."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        return {name: map_state(function, part) for name, part in state.items()}
+    parts = [map_state(function, part) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
 
 
 class Decoded(NamedTuple):
@@ -69,27 +82,36 @@ def beam_search(
         raise ValueError(f"beam and max_length must be >= 1, got {beam} and {max_length}")
     memory, s = model.encode(x, lengths)
     B, K = x.size(0), beam
-    s = s.unsqueeze(1).expand(B, K, -1)
+    s = map_state(lambda t: t.unsqueeze(1).expand(B, K, *t.shape[1:]), s)
     # at first all hypotheses are equal: one counts, so that the first step fills the beam
-    score = s.new_full((B, K), float("-inf"))
+    score = torch.full((B, K), float("-inf"), device=x.device)
     score[:, 0] = 0.0
-    y = torch.full((B, K, 1), BOS)
-    alignment = s.new_zeros(B, K, 0, x.size(1))
+    y = torch.full((B, K, 1), BOS, device=x.device)
+    steps, parents = [], []
     for _ in range(max_length):
         log_p, s, a = model.step(y[:, :, -1], s, memory)
         finished = _finished(y)
         score, parent, symbol = _extend(score, log_p, finished)
-        a = a.masked_fill(finished.unsqueeze(-1), 0.0)
         y = torch.cat([_take(y, parent), symbol.unsqueeze(-1)], -1)
-        alignment = torch.cat([_take(alignment, parent), _take(a, parent).unsqueeze(2)], 2)
-        s = _take(s, parent)
+        steps.append(a.masked_fill(finished.unsqueeze(-1), 0.0))
+        parents.append(parent)
+        s = map_state(lambda t, parent=parent: _take(t, parent), s)
         if _done(y, score, alpha, max_length):
             break
     final = score / length_penalty((y[:, :, 1:] != PAD).sum(-1), alpha)
     best = final.argmax(1, keepdim=True)
     return Decoded(
-        _take(y, best)[:, 0, 1:], final.gather(1, best)[:, 0], _take(alignment, best)[:, 0]
+        _take(y, best)[:, 0, 1:], final.gather(1, best)[:, 0], _trace(steps, parents, best)
     )
+
+
+def _trace(steps: list[Tensor], parents: list[Tensor], best: Tensor) -> Tensor:
+    """The alignments (B, L, Tx) of the hypotheses `best` (B, 1), from the last step backwards."""
+    rows = []
+    for a, parent in zip(reversed(steps), reversed(parents), strict=True):
+        best = parent.gather(1, best)
+        rows.append(_take(a, best))
+    return torch.cat(rows[::-1], 1)
 
 
 def _finished(y: Tensor) -> Tensor:
@@ -126,22 +148,24 @@ def _done(y: Tensor, score: Tensor, alpha: float, max_length: int) -> bool:
 
 def decode(
     model: Decodable,
-    sources: Sequence[Sequence[str]],
-    source: Vocab,
-    target: Vocab,
+    sources: Sequence[Sequence[int]],
     *,
     beam: int = 4,
     max_length: int = 64,
     batch_size: int = 256,
-) -> list[tuple[str, ...]]:
-    """The best target of each source, in the order given; sources of like length run together."""
-    rows = [source.encode(s) for s in sources]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    targets: list[tuple[str, ...]] = [()] * len(rows)
+) -> list[list[int]]:
+    """The best target of each source, both in numbers, in the order given.
+
+    Sources of like length run together.
+    """
+    device = next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    targets: list[list[int]] = [[] for _ in sources]
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        x, lengths = pad_sources([rows[i] for i in chosen])
-        y = beam_search(model, x, lengths, beam=beam, max_length=max_length).y
-        for i, numbers in zip(chosen, y.tolist(), strict=True):
-            targets[i] = target.decode(numbers)
+        x, lengths = pad_sources([sources[i] for i in chosen])
+        x, lengths = x.to(device), lengths.to(device)
+        found = beam_search(model, x, lengths, beam=beam, max_length=max_length)
+        for i, numbers in zip(chosen, found.y.tolist(), strict=True):
+            targets[i] = numbers
     return targets

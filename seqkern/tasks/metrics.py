@@ -1,9 +1,9 @@
-"""Error rates of decoded sequences against one or several references each."""
+"""Scores of decoded sequences against one or several references each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
@@ -46,3 +46,42 @@ def error_rates(
         symbols += len(answers[nearest])
         wrong += distances[nearest] > 0
     return ErrorRates(edits / max(symbols, 1), wrong / len(hypotheses))
+
+
+def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]], tokenize: str) -> float:
+    """Corpus BLEU in per cent by sacrebleu (Papineni et al., 2002; Post, 2018).
+
+    Args:
+        hypotheses: N texts.
+        references: for each of them, one or more right answers.
+        tokenize: sacrebleu's tokenisation, as "13a" or "zh"; "none" for tokenised text.
+
+    Raises:
+        ModuleNotFoundError: sacrebleu is not installed.
+        ValueError: the two differ in length, are empty, or a hypothesis has no reference.
+    """
+    if len(hypotheses) != len(references) or not references or not all(references):
+        raise ValueError(
+            "bleu needs N >= 1 hypotheses and N non-empty lists of references, "
+            f"got {len(hypotheses)} and {[len(r) for r in references][:10]}"
+        )
+    most = max(map(len, references))
+    columns: Any = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
+    return _bleu(tokenize).corpus_score(list(hypotheses), columns).score
+
+
+def bleu_signature(tokenize: str) -> str:
+    """sacrebleu's signature of `bleu`: two scores compare where it is the same."""
+    metric = _bleu(tokenize)
+    metric.corpus_score(["a"], [["a"]])
+    return f"sacrebleu BLEU|{metric.get_signature()}"
+
+
+def _bleu(tokenize: str):
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "BLEU needs the package sacrebleu: pip install 'seqkern[models]'"
+        ) from error
+    return BLEU(tokenize=tokenize, force=True)

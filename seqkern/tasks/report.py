@@ -10,24 +10,16 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from jinja2 import Environment, PackageLoader
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator
 
 from seqkern.tasks.checkpoint import write_atomically
 from seqkern.tasks.compare import Comparison, Result
-from seqkern.tasks.predictor import Alignment
+from seqkern.tasks.figures import STYLE, heat_maps, smooth
+from seqkern.tasks.translation import Alignment
 
 COLOURS = {"torch": "#8a8f98", "seqkern": "#c2410c"}
 NAMES = {"torch": "torch.nn", "seqkern": "seqkern.nn"}
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "svg.fonttype": "path",
-}
 
 
 def table_rows(comparison: Comparison) -> list[tuple[str, str, str, str]]:
@@ -76,7 +68,7 @@ def write_report(
         figures = {
             "curves": _image(_curves(comparison)),
             "bars": _image(_bars(comparison)),
-            "heat_maps": _image(_heat_maps(alignments)),
+            "heat_maps": _image(heat_maps(alignments)),
         }
     template = Environment(
         loader=PackageLoader("seqkern.tasks", "."), autoescape=True, trim_blocks=True
@@ -92,13 +84,6 @@ def _image(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()
 
 
-def _smooth(losses: Sequence[float], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over windows of `width` steps, at the windows' middles."""
-    width = max(1, min(width, len(losses)))
-    mean = np.convolve(losses, np.full(width, 1 / width), mode="valid")
-    return np.arange(len(mean)) + (width + 1) / 2, mean
-
-
 def _curves(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     whole, first = figure.subplots(1, 2, width_ratios=[3, 2])
@@ -106,7 +91,7 @@ def _curves(comparison: Comparison) -> Figure:
     for name, run in runs:
         # the wide grey line under the thin one: both show where they lie on each other
         look = {"color": COLOURS[name], "label": NAMES[name], "lw": 4 if name == "torch" else 1.2}
-        whole.plot(*_smooth(run.losses, 40), **look)
+        whole.plot(*smooth(run.losses, 40), **look)
         first.plot(np.arange(1, len(run.losses[:50]) + 1), run.losses[:50], **look)
     whole.set(xlabel="step", ylabel="loss, nats per phoneme", yscale="log")
     whole.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -138,27 +123,3 @@ def _bars(comparison: Comparison) -> Figure:
         axis.spines["bottom"].set_visible(False)
         axis.invert_yaxis()
     return figure
-
-
-def _heat_maps(alignments: Sequence[Alignment]) -> Figure:
-    columns = 3
-    rows = -(-len(alignments) // columns)
-    space = ConstrainedLayoutEngine(wspace=0.06, hspace=0.08)
-    figure = Figure(figsize=(9.5, 3.3 * rows), layout=space)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[len(alignments) :]:
-        axis.set_visible(False)
-    for axis, alignment in zip(axes, alignments):
-        _heat_map(axis, alignment)
-    return figure
-
-
-def _heat_map(axis: Axes, alignment: Alignment) -> None:
-    """Phonemes downwards, letters across; a row is the softmax over the letters."""
-    axis.imshow(alignment.weights.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    axis.set_xticks(range(len(alignment.source)), alignment.source, fontsize=10)
-    ends = [*alignment.target, "end"][: alignment.weights.size(0)]
-    axis.set_yticks(range(len(ends)), ends)
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color("#d4d4d8")

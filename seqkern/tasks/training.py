@@ -2,128 +2,135 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
+import torch.distributed as dist
+from torch import Tensor
 
-from seqkern.models.rnnsearch import RNNSearch, RNNSearchConfig
 from seqkern.tasks import checkpoint
-from seqkern.tasks.data import Batch, Batches, Split, fingerprint
-from seqkern.tasks.task import Task
-from seqkern.tasks.vocab import PAD, Vocab
+from seqkern.tasks.job import Job, JobSpec
+from seqkern.tasks.options import TrainOptions
+from seqkern.tasks.registry import make_job
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """Everything besides data and model sizes that decides the losses.
+class Best(NamedTuple):
+    """The best evaluation so far: its score and step, and how many were not better since."""
 
-    The learning rate rises linearly to `lr` over `warmup` steps, then falls to zero at `steps`
-    along half a cosine. `threads` is for whoever runs the trainer to set: sums are made in another
-    order on another number of them. At the default sizes a second thread mostly waits.
-    """
+    score: float
+    step: int
+    stale: int
 
-    steps: int = 3000
-    batch_size: int = 128
-    lr: float = 3e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    seed: int = 1
-    threads: int = 1
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of a step, 0 being the first."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are, under torchrun; (0, 1) otherwise."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 class Trainer:
-    """A model, its optimiser and its place in the data.
+    """A job's model, its optimiser and its place in the data.
 
     It keeps a random state of its own, so several trainers can take turns in one process and each
-    sees the numbers that it would see alone.
+    sees the numbers that it would see alone. Under torch.distributed every process takes its share
+    of a step's batches, `accumulate` of them, and the gradients are summed over all: N processes
+    with accumulate=1 do what one does with accumulate=N, but for dropout.
 
     Args:
-        task: where the pairs come from; its split decides which are trained on.
+        job: the model and its data.
         options: how to train.
-        sizes: keyword arguments of RNNSearchConfig besides the vocabularies' sizes.
-        layers: "seqkern" or "torch".
-        split: the task's pairs, where they are read already.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        options: TrainOptions,
-        sizes: dict[str, Any] | None = None,
-        layers: str = "seqkern",
-        split: Split | None = None,
-    ) -> None:
-        self.task, self.options = task, options
-        self.split = split or task.load()
-        pairs = self.split.train
-        self.source = Vocab.build(pair.source for pair in pairs)
-        self.target = Vocab.build(pair.target for pair in pairs)
-        self.batches = Batches(pairs, self.source, self.target, options.batch_size, options.seed)
-        self.data = fingerprint(pairs)
-        self.step = 0
-        config = RNNSearchConfig(len(self.source), len(self.target), **(sizes or {}))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            self.model = RNNSearch(config, layers)
-            self._rng_state = torch.get_rng_state()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), options.lr, weight_decay=options.weight_decay, fused=True
-        )
+    def __init__(self, job: Job, options: TrainOptions) -> None:
+        self.job, self.options = job, options
+        self.rank, self.world = processes()
+        self.batches = job.batches(options.batch_size, options.seed)
+        self.step, self.best = 0, None
+        self.recent: list[dict[str, Tensor]] = []  # weights of the last evaluations
+        self.optimizer = options.build_optimizer(job.model.parameters())
+        self._rng_state = job.rng_state
+        if self.rank:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(options.seed * 1_000_003 + self.rank)
+                self._rng_state = torch.get_rng_state()
+
+    @property
+    def steps(self) -> int:
+        """All steps of the training."""
+        per_epoch = self.batches.per_epoch / (self.options.accumulate * self.world)
+        return math.ceil(self.options.epochs * per_epoch) or self.options.steps
+
+    @property
+    def evaluate_every(self) -> int:
+        """Steps between two evaluations; 0 where none is asked for."""
+        options = self.options
+        if options.evaluate_every or not (options.patience or options.average > 1):
+            return options.evaluate_every
+        return max(1, self.batches.per_epoch // (options.accumulate * self.world))
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.options.steps
+        """Whether all steps are taken, or patience has run out."""
+        patience = self.options.patience
+        out = self.best is not None and 0 < patience <= self.best.stale
+        return out or self.step >= self.steps
 
     def train(self, steps: int) -> Iterator[tuple[float, int]]:
-        """Takes up to `steps` steps; yields each one's loss (nats per symbol) and its words.
+        """Takes up to `steps` steps; yields each one's loss (nats per unit) and its examples.
 
         Between two of them the trainer is whole and may be saved.
+
+        Raises:
+            ValueError: the loss is not finite.
         """
-        self.model.train()
-        for _ in range(min(steps, self.options.steps - self.step)):
-            batch = self.batches[self.step]
+        for _ in range(min(steps, self.steps - self.step)):
+            self.job.model.train()
             with self._own_random_state():
-                loss = self._update(batch)
+                loss, rows = self._update()
             self.step += 1
             if not math.isfinite(loss):
                 raise ValueError(f"the loss of step {self.step} is {loss}; try a smaller lr")
-            yield loss, batch.x.size(0)
+            yield loss, rows
 
-    def _update(self, batch: Batch) -> float:
+    def _update(self) -> tuple[float, int]:
+        options, model = self.options, self.job.model
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr_at(self.step)
-        scores = self.model(batch.x, batch.lengths, batch.y_previous)
-        loss = F.cross_entropy(scores.flatten(0, 1), batch.y.flatten(), ignore_index=PAD)
+            group["lr"] = options.lr_at(self.step, self.steps)
+        first = (self.step * self.world + self.rank) * options.accumulate
+        batches = [self.job.place(self.batches[first + i]) for i in range(options.accumulate)]
+        counts = torch.tensor([sum(b.units for b in batches), sum(b.rows for b in batches)])
+        self._sum([counts])
         self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        total = torch.zeros((), device=self.job.device)
+        for batch in batches:
+            with torch.autocast(
+                self.job.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"
+            ):
+                loss = self.job.loss(batch) * (batch.units / counts[0].item())
+            loss.backward()
+            total += loss.detach()
+        if self.world > 1:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self._sum([total, *(p.grad for p in parameters)])
+        if options.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         self.optimizer.step()
-        return loss.item()
+        self.job.after_step()
+        return total.item(), int(counts[1])
+
+    def _sum(self, tensors: list[Tensor]) -> None:
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
@@ -132,53 +139,111 @@ class Trainer:
             yield
             self._rng_state = torch.get_rng_state()
 
-    def save(self, path: Path) -> None:
-        """Writes all that the next step depends on."""
-        content = {
-            "task": asdict(self.task),
-            "data": self.data,
-            "source": list(self.source.symbols),
-            "target": list(self.target.symbols),
-            "layers": self.model.layers,
+    def evaluate(self) -> tuple[dict[str, float], bool]:
+        """Scores on the dev part, and whether they are the best so far.
+
+        Every process finds the same scores, so all of them end together.
+        """
+        with torch.random.fork_rng(devices=[]):
+            scores = self.job.evaluate("dev")
+        score = scores[self.job.score]
+        better = self.best is None or (
+            score > self.best.score if self.job.higher else score < self.best.score
+        )
+        if better:
+            self.best = Best(score, self.step, 0)
+        elif self.best is not None:
+            self.best = self.best._replace(stale=self.best.stale + 1)
+        if self.options.average > 1:
+            weights = {n: t.detach().clone() for n, t in self.job.model.state_dict().items()}
+            self.recent = [*self.recent, weights][-self.options.average :]
+        return scores, better
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The mean of the weights of the last evaluations (Vaswani et al., 2017, section 6.1)."""
+        mean = {}
+        for name, value in self.recent[-1].items():
+            if value.is_floating_point():
+                value = torch.stack([weights[name] for weights in self.recent]).mean(0)
+            mean[name] = value
+        return mean
+
+    def content(self) -> dict[str, Any]:
+        """All that the next step depends on; see checkpoint.save. Every process has to call it."""
+        return {
+            "spec": asdict(self.job.spec),
+            "data": self.job.fingerprint(),
+            "vocabularies": {name: v.state() for name, v in self.job.vocabs.items()},
             "options": asdict(self.options),
-            "model_config": asdict(self.model.config),
-            "model": self.model.state_dict(),
+            "model": self.job.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "rng_state": self._rng_state,
+            "best": None if self.best is None else list(self.best),
+            "recent": self.recent,
+            "random": self._gather({"rng_state": self._rng_state, **self.job.carried()}),
         }
-        checkpoint.save(path, content)
+
+    def _gather(self, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        states = [state] * self.world
+        if self.world > 1:
+            dist.all_gather_object(states, state)
+        return states
 
     @classmethod
-    def resume(cls, path: Path, layers: str | None = None) -> Trainer:
-        """The trainer that `save` wrote; its next losses are those of a run never interrupted.
+    def resume(cls, path: Path, layers: str | None = None, device: str = "cpu") -> Trainer:
+        """The trainer whose `content` was saved; its next losses are those of a run never stopped.
 
         Args:
             path: a checkpoint.
             layers: "seqkern" or "torch", where other than before.
+            device: where to train.
 
         Raises:
-            ValueError: the file is no checkpoint, or the data it was trained on has changed.
+            ValueError: the file is no checkpoint, or the data it was trained on has changed, or
+                it was trained by another number of processes.
         """
         content = checkpoint.load(path)
-        task, config = Task(**content["task"]), dict(content["model_config"])
-        del config["source_symbols"], config["target_symbols"]  # the data says them again
-        options = TrainOptions(**content["options"])
-        trainer = cls(task, options, config, layers or content["layers"])
-        expect_same_data(path, content, trainer.split)
-        vocabularies = list(trainer.source.symbols), list(trainer.target.symbols)
-        if vocabularies != (content["source"], content["target"]):
-            raise ValueError(f"{path}: its vocabularies are not those of its data")
-        trainer.model.load_state_dict(content["model"])
+        job = restore_job(content, layers)
+        expect_same_data(path, content, job)
+        job.model.to(device)
+        trainer = cls(job, TrainOptions(**content["options"]))
+        if len(content["random"]) != trainer.world:
+            raise ValueError(
+                f"{path}: was trained by {len(content['random'])} processes, here are "
+                f"{trainer.world}; a resumed run keeps their number"
+            )
         trainer.optimizer.load_state_dict(content["optimizer"])
-        trainer.step, trainer._rng_state = content["step"], content["rng_state"]
+        trainer.step, trainer.recent = content["step"], content["recent"]
+        trainer.best = None if content["best"] is None else Best(*content["best"])
+        carried = copy.copy(content["random"][trainer.rank])
+        trainer._rng_state = carried.pop("rng_state")
+        job.carry({name: state.to(device) for name, state in carried.items()})
         return trainer
 
 
-def expect_same_data(path: Path, content: dict[str, Any], split: Split) -> None:
-    """Raises ValueError where the training pairs are not those of the checkpoint."""
-    if fingerprint(split.train) != content["data"]:
+def restore_job(content: dict[str, Any], layers: str | None = None, data: str | None = None) -> Job:
+    """The job of a checkpoint with its trained weights.
+
+    Args:
+        content: what checkpoint.load returned.
+        layers: "seqkern" or "torch", where other than in the training.
+        data: where the data lies now, where elsewhere; it is read only when it is needed.
+    """
+    spec = JobSpec(**content["spec"])
+    spec = replace(
+        spec,
+        layers=layers or spec.layers,
+        data=spec.data if data is None else data,
+    )
+    job = make_job(spec, content["vocabularies"])
+    job.model.load_state_dict(content["model"])
+    return job
+
+
+def expect_same_data(path: Path, content: dict[str, Any], job: Job) -> None:
+    """Raises ValueError where the training examples are not those of the checkpoint."""
+    if job.fingerprint() != content["data"]:
         raise ValueError(
-            f"{path}: was trained on other pairs than {content['task']['data']} now holds; "
+            f"{path}: was trained on other data than {job.spec.data or job.spec.task} now holds; "
             "give it the data it was trained on, or start a new run"
         )

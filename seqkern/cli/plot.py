@@ -1,0 +1,69 @@
+"""`seqkern plot KIND RUN...`: learning curves, alignments and gradient norms as figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seqkern.cli.common import user_errors
+from seqkern.cli.predict import load_job
+from seqkern.tasks import checkpoint
+from seqkern.tasks.figures import curves, gradient_curves, heat_maps, save_figure
+from seqkern.tasks.run import checkpoint_path, log_path, read_log, scores_path
+from seqkern.tasks.training import restore_job
+from seqkern.tasks.translation import TranslationJob
+
+OPTION = typer.Option
+
+
+def plot(
+    kind: Annotated[str, typer.Argument(help="curves, alignments or gradients")],
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
+    out: Annotated[Path, OPTION(help="the figure: .svg, .png or .pdf")] = Path("figure.svg"),
+    text: Annotated[list[str] | None, OPTION(help="a source, for alignments; repeat it")] = None,
+) -> None:
+    """Draw the learning curves of runs, the alignments of texts, or vanishing gradients."""
+    with user_errors():
+        if kind == "curves":
+            figure = _curves(runs)
+        elif kind == "alignments":
+            figure = _alignments(runs, text or [])
+        elif kind == "gradients":
+            figure = gradient_curves(_gradients(runs))
+        else:
+            raise ValueError(f"kind must be curves, alignments or gradients, got {kind!r}")
+        save_figure(figure, out)
+    print(out)
+
+
+def _curves(runs: list[Path]):
+    job = restore_job(checkpoint.load(checkpoint_path(runs[0])))
+    losses = {str(run): [line["loss"] for line in read_log(log_path(run))] for run in runs}
+    scores: dict[str, list[tuple[int, float]]] = {}
+    for run in runs:
+        lines = read_log(scores_path(run)) if scores_path(run).exists() else []
+        points = [(int(line["step"]), line[job.score]) for line in lines if job.score in line]
+        scores[str(run)] = points
+    return curves(losses, scores, job.unit, job.score)
+
+
+def _alignments(runs: list[Path], texts: list[str]):
+    if not texts:
+        raise ValueError("alignments need a source: --text TEXT, as often as you like")
+    job = load_job(runs[0])
+    if not isinstance(job, TranslationJob):
+        raise ValueError(f"model {job.spec.model!r} has no alignments: it does not translate")
+    return heat_maps([job.align(text) for text in texts])
+
+
+def _gradients(runs: list[Path]) -> dict[str, list[float]]:
+    norms = {}
+    for run in runs:
+        job = load_job(run)
+        measure = getattr(job, "gradient_norms", None)
+        if measure is None:
+            raise ValueError(f"model {job.spec.model!r} has no gradients over time to show")
+        norms[str(run)] = measure()
+    return norms

@@ -1,0 +1,112 @@
+"""The figures of reports and of `seqkern plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from seqkern.tasks.checkpoint import write_atomically
+from seqkern.tasks.translation import Alignment
+
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "svg.fonttype": "path",
+}
+FORMATS = (".svg", ".png", ".pdf")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure in the format that the file's name ends with.
+
+    Raises:
+        ValueError: another format than FORMATS.
+    """
+    if path.suffix not in FORMATS:
+        raise ValueError(f"a figure's name must end in one of {FORMATS}, got {path.name!r}")
+    with matplotlib.style.context(STYLE):
+        write_atomically(
+            path, lambda file: figure.savefig(file, format=path.suffix[1:], bbox_inches="tight")
+        )
+
+
+def smooth(values: Sequence[float], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means over windows of `width` values, at the windows' middles, counted from 1."""
+    width = max(1, min(width, len(values)))
+    mean = np.convolve(values, np.full(width, 1 / width), mode="valid")
+    return np.arange(len(mean)) + (width + 1) / 2, mean
+
+
+def curves(
+    losses: Mapping[str, Sequence[float]],
+    scores: Mapping[str, Sequence[tuple[int, float]]],
+    unit: str,
+    score: str,
+) -> Figure:
+    """Training losses of runs by step, and beside them their scores on the dev part.
+
+    Args:
+        losses: of each run, one a step, in nats per `unit`.
+        scores: of each run, (step, score) of its evaluations; all empty where there is none.
+        unit, score: names for the axes.
+    """
+    evaluated = any(scores.values())
+    figure = Figure(figsize=(9.5 if evaluated else 6, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2 if evaluated else 1, squeeze=False)[0]
+    for name, values in losses.items():
+        axes[0].plot(*smooth(values, max(1, len(values) // 50)), label=name, lw=1.3)
+    axes[0].set(xlabel="step", ylabel=f"loss, nats per {unit}")
+    axes[0].set_title("training loss, moving mean", loc="left")
+    for name, points in scores.items() if evaluated else ():
+        axes[1].plot(*zip(*points, strict=True), label=name, lw=1.3, marker="o", ms=3)
+    if evaluated:
+        axes[1].set(xlabel="step", ylabel=score)
+        axes[1].set_title("dev part", loc="left")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def gradient_curves(norms: Mapping[str, Sequence[float]]) -> Figure:
+    """Norms of dL/dx_t of each model against t, the loss being of the last position alone."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for name, values in norms.items():
+        back = np.arange(len(values)) - len(values) + 1
+        axis.plot(back, values, label=name, lw=1.3)
+    axis.set(xlabel="t, steps before the loss", ylabel="norm of dL/dx_t", yscale="log")
+    axis.legend(frameon=False)
+    return figure
+
+
+def heat_maps(alignments: Sequence[Alignment], columns: int = 3) -> Figure:
+    """Alignments side by side: targets downwards, sources across; a row sums to 1."""
+    columns = min(columns, len(alignments))
+    rows = -(-len(alignments) // columns)
+    space = ConstrainedLayoutEngine(wspace=0.06, hspace=0.08)
+    figure = Figure(figsize=(9.5 / 3 * columns, 3.3 * rows), layout=space)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(alignments) :]:
+        axis.set_visible(False)
+    for axis, alignment in zip(axes, alignments):
+        _heat_map(axis, alignment)
+    return figure
+
+
+def _heat_map(axis: Axes, alignment: Alignment) -> None:
+    axis.imshow(alignment.weights.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    # Words do not fit side by side as letters do.
+    turn = 60 if max(map(len, alignment.source)) > 2 else 0
+    axis.set_xticks(range(len(alignment.source)), alignment.source, fontsize=9, rotation=turn)
+    ends = [*alignment.target, "end"][: alignment.weights.size(0)]
+    axis.set_yticks(range(len(ends)), ends)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color("#d4d4d8")

@@ -1,0 +1,144 @@
+"""Training a recipe to its end, and the result beside its target."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import seqkern
+from seqkern.tasks import checkpoint
+from seqkern.tasks.checkpoint import write_atomically
+from seqkern.tasks.job import JobSpec
+from seqkern.tasks.options import TrainOptions
+from seqkern.tasks.recipes import RECIPES, Recipe
+from seqkern.tasks.registry import make_job
+from seqkern.tasks.run import (
+    OnScores,
+    OnStep,
+    StopRequest,
+    checkpoint_path,
+    log_path,
+    read_log,
+    result_path,
+    run_steps,
+    start_log,
+)
+from seqkern.tasks.training import Trainer, restore_job
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a recipe came to under one seed.
+
+    score: in the recipe's unit; seconds: of all training steps; scorer: what computed it.
+    """
+
+    recipe: str
+    seed: int
+    layers: str
+    score: float
+    target: float
+    reached: bool
+    scores: dict[str, float]
+    steps: int
+    seconds: float
+    parameters: int
+    scorer: str
+    published: str
+    machine: dict[str, Any]
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(sorted(RECIPES))}, got {name!r}")
+    return RECIPES[name]
+
+
+def start(recipe: Recipe, data: str, seed: int, layers: str, folder: Path) -> Trainer:
+    """The trainer of a recipe: a new one, or that of the folder's checkpoint."""
+    if checkpoint_path(folder).exists():
+        trainer = Trainer.resume(checkpoint_path(folder))
+    else:
+        spec = JobSpec(
+            recipe.model, recipe.task, data, layers, seed, dict(recipe.sizes), dict(recipe.reading)
+        )
+        trainer = Trainer(make_job(spec), TrainOptions(**{**recipe.options, "seed": seed}))
+    start_log(folder, trainer.step)
+    return trainer
+
+
+def finish(name: str, trainer: Trainer, folder: Path) -> Result:
+    """Scores of the best weights of a finished training, written to folder/result.json too."""
+    recipe = recipe_named(name)
+    job = restore_job(checkpoint.load(result_path(folder)))
+    scores = job.evaluate(recipe.part, **recipe.evaluate)
+    score = scores[recipe.score]
+    result = Result(
+        recipe=name,
+        seed=job.spec.seed,
+        layers=job.spec.layers,
+        score=score,
+        target=recipe.target,
+        reached=score >= recipe.target if job.higher else score <= recipe.target,
+        scores=scores,
+        steps=trainer.step,
+        seconds=sum(line["seconds"] for line in read_log(log_path(folder))),
+        parameters=sum(p.numel() for p in job.model.parameters()),
+        scorer=job.scorer(),
+        published=f"{recipe.published} ({recipe.source})",
+        machine=machine(),
+    )
+    text = json.dumps(asdict(result), indent=1, ensure_ascii=False)
+    write_atomically(folder / "result.json", lambda file: file.write(text.encode() + b"\n"))
+    return result
+
+
+def reproduce(
+    name: str,
+    data: str,
+    seed: int,
+    layers: str,
+    folder: Path,
+    stop: StopRequest,
+    on_start: Callable[[Trainer], None] = lambda trainer: None,
+    on_step: OnStep = lambda loss: None,
+    on_scores: OnScores = lambda step, scores: None,
+) -> Result | None:
+    """Trains a recipe in a folder and scores it; None where it was asked to stop before.
+
+    Raises:
+        ValueError: there is no such recipe, or its data is not there.
+    """
+    trainer = start(recipe_named(name), data, seed, layers, folder)
+    torch.set_num_threads(trainer.options.threads)
+    on_start(trainer)
+    run_steps(trainer, folder, trainer.steps, stop, on_step, on_scores)
+    return finish(name, trainer, folder) if trainer.finished else None
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, versions and date, to stand beside a figure."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [n for n in cpuinfo.read_text().splitlines() if n.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seqkern": seqkern.__version__,
+        "date": date.today().isoformat(),
+    }

@@ -1,0 +1,82 @@
+"""Settings by name: which of them are the model's sizes, the task's reading, the training's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from seqkern.tasks.job import JobSpec
+from seqkern.tasks.options import TrainOptions
+from seqkern.tasks.recipes import RECIPES, Recipe
+from seqkern.tasks.registry import entry, load
+
+
+def parse_settings(given: Iterable[str]) -> dict[str, Any]:
+    """NAME=VALUE texts as a dict; values are read as JSON, and what is none is a text.
+
+    Raises:
+        ValueError: one has no "=" or no name.
+    """
+    settings = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"a setting must be NAME=VALUE, got {text!r}")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
+
+
+def recipe_for(model: str, task: str) -> Recipe | None:
+    """The recipe whose settings a training starts from: the model's on this task, or its first."""
+    of_model = [recipe for recipe in RECIPES.values() if recipe.model == model]
+    of_task = [recipe for recipe in of_model if recipe.task == task]
+    return next(iter([*of_task, *of_model]), None)
+
+
+def resolve(
+    model: str, task: str, data: str, layers: str, settings: dict[str, Any]
+) -> tuple[JobSpec, TrainOptions]:
+    """The spec and the options of a training.
+
+    What `settings` does not say is as in the recipe of the model, and else the default.
+
+    Args:
+        settings: by name; `seed` is of the data, the weights and the training alike.
+
+    Raises:
+        ValueError: a name is none of the model's sizes, of its task's reading or of the training;
+            or a value is not of its kind.
+    """
+    found = entry(model)
+    config, job = load(found.config), load(found.job)
+    of_training = {field.name for field in fields(TrainOptions)}
+    of_model = {field.name for field in fields(config)}
+    recipe = recipe_for(model, task)
+    sizes = dict(recipe.sizes) if recipe else {}
+    reading = dict(recipe.reading) if recipe and recipe.task == task else {}
+    options = dict(recipe.options) if recipe else {}
+    if "steps" in settings:  # what is asked for decides, not the recipe's epochs
+        options.pop("epochs", None)
+    for name, value in settings.items():
+        if name in of_training:
+            options[name] = value
+        elif name in job.READING:
+            reading[name] = value
+        elif name in of_model:
+            sizes[name] = tuple(value) if isinstance(value, list) else value
+        else:
+            known = sorted(of_training | of_model | job.READING.keys())
+            raise ValueError(
+                f"no setting {name!r} of model {model!r}; there are {', '.join(known)}"
+            )
+    seed = settings.get("seed", TrainOptions.seed)
+    try:
+        spec = JobSpec(model, task, data, layers, seed, sizes, reading)
+        return spec, TrainOptions(**options)
+    except TypeError as error:
+        raise ValueError(f"a setting is of the wrong kind: {error}") from error

@@ -1,0 +1,270 @@
+"""Sequence to sequence: pairs of texts, their loss, their decoding and its scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqkern.tasks.batches import pad, pad_sources
+from seqkern.tasks.corpora import corpus_folder
+from seqkern.tasks.data import (
+    Pair,
+    read_cmudict,
+    read_pairs,
+    read_parallel,
+    references,
+    split_by_source,
+)
+from seqkern.tasks.decoding import beam_search, decode
+from seqkern.tasks.job import Job, Parts
+from seqkern.tasks.metrics import bleu, bleu_signature, error_rates
+from seqkern.tasks.registry import entry, load
+from seqkern.tasks.sides import Side, tokenize
+from seqkern.tasks.vocab import BOS, EOS, PAD
+
+
+class PairBatch(NamedTuple):
+    """x (B, Tx), lengths (B,), y_previous (B, Ty) = <s> y_1 .., y (B, Ty) = y_1 .. </s>; int64."""
+
+    x: Tensor
+    lengths: Tensor
+    y_previous: Tensor
+    y: Tensor
+    units: int
+    rows: int
+
+
+class Alignment(NamedTuple):
+    """Symbols of one source and its decoded target, weights (Ly, Tx) with EOS's row last."""
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    weights: Tensor
+
+
+# What the corpora known by name are read as; a user's own files say it by `--set`.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "pairs": {"source_tokens": "chars", "target_tokens": "words"},
+    "parallel": {"source_tokens": "subwords", "target_tokens": "subwords", "bleu": "13a"},
+    "cmudict": {"source_tokens": "chars", "target_tokens": "words", "lower": True},
+    "multi30k-de-en": {
+        "source_tokens": "words",
+        "target_tokens": "words",
+        "min_count": 2,
+        "bleu": "none",
+    },
+    "tatoeba-en-zh": {
+        "source_tokens": "subwords",
+        "target_tokens": "subwords",
+        "bleu": "zh",
+    },
+}
+
+
+class TranslationJob(Job):
+    """A model with `encode`, `step` and teacher forcing (see models/rnnsearch.py) on pairs.
+
+    Options of reading: source_tokens and target_tokens, "chars", "words" or "subwords"; symbols,
+    most symbols of a vocabulary (0: all; of subwords, 4,000); min_count, occurrences of a symbol
+    that is kept; reverse, the source backwards; lower, sources in lower case; longest, most
+    symbols of a side in training and of a decoded target (0: what the training targets need);
+    bleu, sacrebleu's tokenisation ("13a", "zh", "none" for text that is tokenised already), or ""
+    for error rates; smoothing, of the labels (Szegedy et al., 2016).
+    """
+
+    TASKS: ClassVar[dict[str, str]] = {
+        "pairs": "your file of source<TAB>target lines, split by source",
+        "parallel": "your two files, SOURCE,TARGET, a translation a line, split by source",
+        "cmudict": "the CMU Pronouncing Dictionary: letters to phonemes",
+        "multi30k-de-en": "captions of Multi30k, German to English, tokenised in lower case",
+        "tatoeba-en-zh": "sentences of Tatoeba, English to Chinese",
+    }
+    READING: ClassVar[dict[str, Any]] = {
+        "source_tokens": "",
+        "target_tokens": "",
+        "symbols": 0,
+        "min_count": 1,
+        "reverse": False,
+        "lower": False,
+        "longest": 0,
+        "bleu": "",
+        "smoothing": 0.0,
+    }
+    unit = "symbol"
+
+    def __init__(self, spec, vocabularies=None) -> None:
+        super().__init__(spec, vocabularies)
+        self.score = "bleu" if self.reading["bleu"] else "sequence_error"
+        self.higher = bool(self.reading["bleu"])
+
+    def task_reading(self) -> dict[str, Any]:
+        return DEFAULTS[self.spec.task]
+
+    @cached_property
+    def source(self) -> Side:
+        """How sources become numbers."""
+        return Side(self.reading["source_tokens"], self.vocabs["source"], self.reading["reverse"])
+
+    @cached_property
+    def target(self) -> Side:
+        """How targets become numbers."""
+        return Side(self.reading["target_tokens"], self.vocabs["target"])
+
+    def read(self) -> Parts:
+        """The pairs in three parts that share no source."""
+        task, data = self.spec.task, self.spec.data
+        if task in CORPORA:
+            return CORPORA[task](data)
+        if task == "cmudict":
+            pairs = read_cmudict()
+        elif task == "pairs":
+            pairs = read_pairs(data)
+        else:
+            source, comma, target = data.partition(",")
+            if not comma:
+                raise ValueError(f"task 'parallel' needs data SOURCE,TARGET, got {data!r}")
+            pairs = read_parallel(source, target)
+        if self.reading["lower"]:
+            pairs = [pair._replace(source=pair.source.lower()) for pair in pairs]
+        return split_by_source(pairs, self.spec.seed)
+
+    def build_vocabs(self) -> dict[str, Any]:
+        reading, train = self.reading, self.data.train
+        return {
+            side: Side.learn(
+                [getattr(pair, side) for pair in train],
+                reading[f"{side}_tokens"],
+                reading["min_count"],
+                reading["symbols"],
+            )
+            for side in ("source", "target")
+        }
+
+    def build_model(self) -> nn.Module:
+        found = entry(self.spec.model)
+        sizes = {f"{side}_symbols": len(self.vocabs[side]) for side in ("source", "target")}
+        config = load(found.config)(**sizes, **self.spec.sizes)
+        return load(found.model)(config, self.spec.layers)
+
+    @cached_property
+    def _numbers(self) -> dict[Pair, tuple[list[int], list[int]]]:
+        """The training pairs in numbers: they are cut into symbols once."""
+        return {
+            p: (self.source.encode(p.source), self.target.encode(p.target)) for p in self.data.train
+        }
+
+    def _rows(self, pair: Pair) -> tuple[list[int], list[int]]:
+        found = self._numbers.get(pair)
+        return found or (self.source.encode(pair.source), self.target.encode(pair.target))
+
+    def length(self, example: Pair) -> tuple[int, ...]:
+        # The target first: the decoder runs every row to the longest one, and a recurrent encoder
+        # has no padding work.
+        x, y = self._rows(example)
+        return len(y), len(x)
+
+    def collate(self, examples: list[Pair]) -> PairBatch:
+        longest = self.reading["longest"] or None
+        rows = [tuple(r[:longest] for r in self._rows(pair)) for pair in examples]
+        x, lengths = pad_sources([x for x, _ in rows])
+        y = pad([[*y, EOS] for _, y in rows])
+        y_previous = pad([[BOS, *y] for _, y in rows])
+        return PairBatch(x, lengths, y_previous, y, int((y != PAD).sum()), len(rows))
+
+    def loss(self, batch: PairBatch) -> Tensor:
+        scores = self.model(batch.x, batch.lengths, batch.y_previous)
+        return F.cross_entropy(
+            scores.flatten(0, 1).float(),
+            batch.y.flatten(),
+            ignore_index=PAD,
+            label_smoothing=self.reading["smoothing"] if self.model.training else 0.0,
+        )
+
+    @cached_property
+    def max_length(self) -> int:
+        """Most symbols of a decoded target, EOS included."""
+        return self.reading["longest"] or 64
+
+    def decode(self, sources: Sequence[str], beam: int = 4) -> list[str]:
+        """The best target of each source."""
+        rows = [self.source.known(text) for text in sources]
+        self.model.eval()
+        found = decode(self.model, rows, beam=beam, max_length=self.max_length)
+        return [self.target.decode(numbers) for numbers in found]
+
+    def predict(self, texts: Sequence[str], *, beam: int = 4, **_: Any) -> list[str]:
+        lower = self.reading["lower"]
+        return self.decode([text.lower() if lower else text for text in texts], beam)
+
+    def evaluate(self, part: str, *, beam: int = 1, **_: Any) -> dict[str, float]:
+        """Error rates or BLEU over the distinct sources, and the loss, on "dev" or "test".
+
+        Args:
+            beam: hypotheses kept; 1 is greedy.
+        """
+        pairs = self.part(part)
+        answers = references(pairs)
+        found = self.decode(list(answers), beam)
+        scores = {"loss": self.mean_loss(pairs)}
+        scores["perplexity"] = math.exp(scores["loss"])
+        if self.reading["bleu"]:
+            scores["bleu"] = bleu(found, list(answers.values()), self.reading["bleu"])
+            return scores
+        tokens = "chars" if self.reading["target_tokens"] == "chars" else "words"
+        cut = [[tokenize(t, tokens) for t in targets] for targets in answers.values()]
+        rates = error_rates([tokenize(t, tokens) for t in found], cut)
+        return scores | {"symbol_error": rates.symbol, "sequence_error": rates.sequence}
+
+    @torch.inference_mode()
+    def mean_loss(self, pairs: Sequence[Pair], batch_size: int = 128) -> float:
+        """Nats per symbol of the pairs, without label smoothing."""
+        self.model.eval()
+        ordered = sorted(pairs, key=self.length)
+        total, units = 0.0, 0
+        for start in range(0, len(ordered), batch_size):
+            batch = self.place(self.collate(ordered[start : start + batch_size]))
+            total += self.loss(batch).item() * batch.units
+            units += batch.units
+        return total / units
+
+    def scorer(self) -> str:
+        if self.reading["bleu"]:
+            return bleu_signature(self.reading["bleu"])
+        return "Levenshtein distance to the nearest reference (rapidfuzz)"
+
+    def align(self, text: str, beam: int = 4) -> Alignment:
+        """The best target of a source with its alignment, of a model that has one."""
+        numbers = self.source.known(text)
+        x, lengths = pad_sources([numbers])
+        self.model.eval()
+        best = beam_search(self.model, x, lengths, beam=beam, max_length=self.max_length)
+        y = [n for n in best.y[0].tolist() if n not in (PAD, EOS)]
+        return Alignment(
+            self.source.symbols(numbers), self.target.symbols(y), best.alignment[0, : len(y) + 1]
+        )
+
+
+def _multi30k(root: str) -> Parts:
+    folder = corpus_folder(root, "multi30k") / "tok"
+    parts = {"train": "train", "dev": "val", "test": "test_2016_flickr"}
+    names = {part: f"{name}.lc.norm.tok" for part, name in parts.items()}
+    return Parts(
+        **{
+            part: read_parallel(folder / f"{name}.de.gz", folder / f"{name}.en.gz")
+            for part, name in names.items()
+        }
+    )
+
+
+def _tatoeba(root: str) -> Parts:
+    folder = corpus_folder(root, "tatoeba_en_zh")
+    return Parts(*(read_pairs(folder / f"{part}.tsv.gz", fields=3) for part in Parts._fields))
+
+
+CORPORA = {"multi30k-de-en": _multi30k, "tatoeba-en-zh": _tatoeba}
