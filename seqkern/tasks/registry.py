@@ -25,6 +25,66 @@ MODELS: dict[str, Entry] = {
         "models.rnnsearch:RNNSearchConfig",
         "encoder-decoder with additive attention (Bahdanau et al., 2015)",
     ),
+    "textcnn": Entry(
+        "tasks.classify:ClassifyJob",
+        "models.textcnn:TextCNN",
+        "models.textcnn:TextCNNConfig",
+        "sentences by convolution and max over time (Kim, 2014)",
+    ),
+    "bilstm": Entry(
+        "tasks.classify:ClassifyJob",
+        "models.bilstm:BiLSTMClassifier",
+        "models.bilstm:BiLSTMConfig",
+        "sentences by a BiLSTM and one of four pools (Conneau et al., 2017)",
+    ),
+    "self-attentive": Entry(
+        "tasks.classify:ClassifyJob",
+        "models.self_attentive:SelfAttentive",
+        "models.self_attentive:SelfAttentiveConfig",
+        "sentences by self-attention over a BiLSTM (Lin et al., 2017)",
+    ),
+    "tagger": Entry(
+        "tasks.tagging:TaggingJob",
+        "models.tagger:BiLSTMTagger",
+        "models.tagger:TaggerConfig",
+        "a tag for each word by a BiLSTM, with letters and CRF as options (Lample et al., 2016)",
+    ),
+    "joint": Entry(
+        "tasks.tagging:JointJob",
+        "models.tagger:BiLSTMTagger",
+        "models.tagger:TaggerConfig",
+        "the intent of a sentence and its slots by one BiLSTM (Liu and Lane, 2016)",
+    ),
+    "rnnlm": Entry(
+        "tasks.language:LanguageModelJob",
+        "models.rnnlm:RNNLM",
+        "models.rnnlm:RNNLMConfig",
+        "RNN, LSTM or GRU language model (Mikolov et al., 2010; Zaremba et al., 2014)",
+    ),
+    "nnlm": Entry(
+        "tasks.language:LanguageModelJob",
+        "models.nnlm:NNLM",
+        "models.nnlm:NNLMConfig",
+        "neural probabilistic language model (Bengio et al., 2003)",
+    ),
+    "transformer-lm": Entry(
+        "tasks.language:LanguageModelJob",
+        "models.transformer_lm:TransformerLM",
+        "models.transformer_lm:TransformerLMConfig",
+        "decoder-only Transformer language model (Radford et al., 2019)",
+    ),
+    "hyperlstm": Entry(
+        "tasks.language:LanguageModelJob",
+        "models.hyperlstm:HyperLSTM",
+        "models.hyperlstm:HyperLSTMConfig",
+        "language model of an LSTM whose weights another sets (Ha et al., 2017)",
+    ),
+    "fast-weights": Entry(
+        "tasks.retrieval:RetrievalJob",
+        "models.fast_weights:FastWeights",
+        "models.fast_weights:FastWeightsConfig",
+        "recurrent net with a fast associative memory (Ba et al., 2016)",
+    ),
 }
 
 
