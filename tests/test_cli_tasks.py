@@ -67,7 +67,7 @@ def run(call, data, tmp_path_factory):
 def test_train_evaluate_predict_translate(call, run):
     out = call("evaluate", run)
     assert re.search(r"sequence_error +0\.0000", out)
-    assert "rnnsearch on pairs, test: 15 examples" in out
+    assert "rnnsearch on pairs, test: 8 examples" in out
     assert "rnnsearch on pairs, dev" in call("evaluate", run, "--part", "dev", "--beam", 1)
     for layers in ("seqkern", "torch"):
         out = call("predict", "abcd", "dab", "--checkpoint", run, "--layers", layers)
@@ -170,10 +170,11 @@ def test_what_train_refuses(call, run, data, tmp_path):
     new = [*TRAIN, "--run", tmp_path / "new"]
     assert "absent.tsv" in call(*new, "--data", tmp_path / "absent.tsv", status=2)
     for setting, message in {
-        "lr=-1": "seqkern: lr must be positive, got -1",
+        "lr=-1": "seqkern: lr must be positive, got -1.0",
         "source_tokens=bytes": "seqkern: tokens must be one of",
         "hidden=7": "seqkern: hidden must be even, half for each direction, got 7",
-        "hidden=many": "seqkern: ",
+        "hidden=many": "seqkern: hidden must be of kind int, as 128, got 'many'",
+        "source_symbols=9": "seqkern: no setting 'source_symbols'",
         "width=7": "seqkern: no setting 'width' of model 'rnnsearch'; there are",
         "lr": "seqkern: a setting must be NAME=VALUE, got 'lr'",
     }.items():
@@ -213,7 +214,9 @@ def test_what_evaluate_and_predict_refuse(call, run, data, tmp_path):
     content = torch.load(path, weights_only=True)
     content["vocabularies"]["target"]["symbols"].pop()
     torch.save(content, cut)
-    assert "size mismatch for embed_y" in call("predict", "ab", "--checkpoint", cut, status=2)
+    assert "weights do not fit its model: size mismatch for embed_y" in call(
+        "predict", "ab", "--checkpoint", cut, status=2
+    )
 
 
 def test_demo(call, data, tmp_path):

@@ -7,12 +7,12 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import seqkern
 from seqkern.tasks import checkpoint
 from seqkern.tasks.checkpoint import write_atomically
 from seqkern.tasks.job import JobSpec
@@ -139,6 +139,6 @@ def machine() -> dict[str, Any]:
         "processor": processor,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "seqkern": seqkern.__version__,
+        "seqkern": version("seqkern"),
         "date": date.today().isoformat(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from seqkern.tasks.job import JobSpec
@@ -50,12 +50,13 @@ def resolve(
 
     Raises:
         ValueError: a name is none of the model's sizes, of its task's reading or of the training;
-            or a value is not of its kind.
+            or a value is not of its default's kind.
     """
     found = entry(model)
     config, job = load(found.config), load(found.job)
-    of_training = {field.name for field in fields(TrainOptions)}
-    of_model = {field.name for field in fields(config)}
+    of_training = {field.name: field.default for field in fields(TrainOptions)}
+    # What has no default comes from the data, as the number of symbols.
+    of_model = {f.name: f.default for f in fields(config) if f.default is not MISSING}
     recipe = recipe_for(model, task)
     sizes = dict(recipe.sizes) if recipe else {}
     reading = dict(recipe.reading) if recipe and recipe.task == task else {}
@@ -63,20 +64,31 @@ def resolve(
     if "steps" in settings:  # what is asked for decides, not the recipe's epochs
         options.pop("epochs", None)
     for name, value in settings.items():
-        if name in of_training:
-            options[name] = value
-        elif name in job.READING:
-            reading[name] = value
-        elif name in of_model:
-            sizes[name] = tuple(value) if isinstance(value, list) else value
+        for chosen, defaults in (
+            (options, of_training),
+            (reading, job.READING),
+            (sizes, of_model),
+        ):
+            if name in defaults:
+                chosen[name] = _of_kind(name, value, defaults[name])
+                break
         else:
-            known = sorted(of_training | of_model | job.READING.keys())
+            known = sorted({*of_training, *of_model, *job.READING})
             raise ValueError(
                 f"no setting {name!r} of model {model!r}; there are {', '.join(known)}"
             )
     seed = settings.get("seed", TrainOptions.seed)
-    try:
-        spec = JobSpec(model, task, data, layers, seed, sizes, reading)
-        return spec, TrainOptions(**options)
-    except TypeError as error:
-        raise ValueError(f"a setting is of the wrong kind: {error}") from error
+    spec = JobSpec(model, task, data, layers, seed, sizes, reading)
+    return spec, TrainOptions(**options)
+
+
+def _of_kind(name: str, value: Any, default: Any) -> Any:
+    """The value, as a tuple or a float where the default is one."""
+    kind = type(default)
+    if kind is tuple and isinstance(value, list):
+        return tuple(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if default is not None and type(value) is not kind:
+        raise ValueError(f"{name} must be of kind {kind.__name__}, as {default!r}, got {value!r}")
+    return value

@@ -90,7 +90,8 @@ class Trainer:
         Raises:
             ValueError: the loss is not finite.
         """
-        for _ in range(min(steps, self.steps - self.step)):
+        last = self.step + steps
+        while self.step < last and not self.finished:
             self.job.model.train()
             with self._own_random_state():
                 loss, rows = self._update()
@@ -228,6 +229,9 @@ def restore_job(content: dict[str, Any], layers: str | None = None, data: str | 
         content: what checkpoint.load returned.
         layers: "seqkern" or "torch", where other than in the training.
         data: where the data lies now, where elsewhere; it is read only when it is needed.
+
+    Raises:
+        ValueError: weights, vocabularies and sizes do not belong together.
     """
     spec = JobSpec(**content["spec"])
     spec = replace(
@@ -236,7 +240,11 @@ def restore_job(content: dict[str, Any], layers: str | None = None, data: str | 
         data=spec.data if data is None else data,
     )
     job = make_job(spec, content["vocabularies"])
-    job.model.load_state_dict(content["model"])
+    try:
+        job.model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[1:2] or [str(error)]
+        raise ValueError(f"the checkpoint's weights do not fit its model: {reason[0].strip()}") from error
     return job
 
 
