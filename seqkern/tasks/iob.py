@@ -1,0 +1,102 @@
+"""Sentences with a tag for each word: columns with empty lines between, and SNIPS's three files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+from seqkern.tasks.job import Parts
+from seqkern.tasks.labelled import carve_dev, needed_file, part_file, split
+from seqkern.tasks.lines import malformed, read_lines
+
+
+class TaggedSentence(NamedTuple):
+    """Words, at least one, as many tags, and the label of the whole sentence or ""."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    label: str = ""
+
+
+def read_columns(path: str | Path) -> list[TaggedSentence]:
+    """Reads a word and its tag a line, the first and the last of its columns, as CoNLL-2003 has it.
+
+    Columns are separated by white space, an empty line ends a sentence, and a line that begins
+    with -DOCSTART- is passed over.
+
+    Raises:
+        ValueError: a line has one column, or another number than the line before; the message
+            names the file and the line. Or the file holds no sentence.
+        OSError: the file cannot be read.
+    """
+    sentences, words, tags, columns = [], [], [], 0
+    for number, line in [*read_lines(path), (0, "")]:
+        fields = line.split()
+        if fields and fields[0] == "-DOCSTART-":
+            continue
+        if fields:
+            if len(fields) < 2 or len(fields) != (columns or len(fields)):
+                expected = f"{columns or 'at least 2'} columns with the tag last"
+                raise malformed(path, number, expected, line)
+            columns = len(fields)
+            words.append(fields[0])
+            tags.append(fields[-1])
+        elif words:
+            sentences.append(TaggedSentence(tuple(words), tuple(tags)))
+            words, tags = [], []
+    if not sentences:
+        raise ValueError(f"{path}: holds no sentence")
+    return sentences
+
+
+def read_column_parts(data: str | Path, seed: int) -> Parts:
+    """A file of columns, split by the seed, or a folder of such files.
+
+    A folder holds train and test, and dev or else a tenth of train is taken for it; each ends in
+    .txt, .conll, .iob or .tsv, and may end in .gz after that.
+    """
+    if not Path(data).is_dir():
+        return split(read_columns(data), seed)
+    parts = {}
+    for part in Parts._fields:
+        found = part_file(data, *(f"{part}.{end}" for end in ("txt", "conll", "iob", "tsv")))
+        parts[part] = read_columns(found) if found else []
+    if not parts["train"] or not parts["test"]:
+        raise ValueError(f"{data} must hold train.txt and test.txt of a word and its tag a line")
+    return Parts(**parts) if parts["dev"] else carve_dev(parts["train"], parts["test"], seed)
+
+
+def read_triples(folder: str | Path, part: str) -> list[TaggedSentence]:
+    """Reads PART.seq.in, PART.seq.out and PART.label: line n of the three is one sentence.
+
+    Raises:
+        ValueError: a file is missing or shorter than another, or a line is empty or has not as
+            many tags as words; the message names the file and the line.
+    """
+    words_file, tags_file, labels_file = (
+        needed_file(folder, f"{part}.{end}") for end in ("seq.in", "seq.out", "label")
+    )
+    lines: Iterator = zip_longest(*map(read_lines, (words_file, tags_file, labels_file)))
+    sentences = []
+    for number, three in enumerate(lines, 1):
+        if None in three:
+            short = (words_file, tags_file, labels_file)[three.index(None)]
+            raise ValueError(f"{short}:{number}: expected as many lines as its two neighbours have")
+        words, tags, label = (line.split() for _, line in three)
+        if not words:
+            raise malformed(words_file, number, "a sentence", three[0][1])
+        if len(tags) != len(words):
+            raise malformed(tags_file, number, f"{len(words)} tags, not {len(tags)}", three[1][1])
+        if len(label) != 1:
+            raise malformed(labels_file, number, "one label", three[2][1])
+        sentences.append(TaggedSentence(tuple(words), tuple(tags), label[0]))
+    if not sentences:
+        raise ValueError(f"{words_file}: holds no sentence")
+    return sentences
+
+
+def read_snips(folder: str | Path) -> Parts:
+    """SNIPS as Goo et al. (2018) split it: parts named train, valid and test."""
+    return Parts(*(read_triples(folder, part) for part in ("train", "valid", "test")))

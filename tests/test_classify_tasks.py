@@ -1,0 +1,486 @@
+"""Classification and tagging as tasks: readers, splits, and jobs from training to predicting."""
+
+import gzip
+import json
+import random
+import sys
+
+import pytest
+import torch
+
+from seqkern.tasks import checkpoint
+from seqkern.tasks.classify import ClassifyJob, WordDrop
+from seqkern.tasks.iob import TaggedSentence, read_columns, read_snips, read_triples
+from seqkern.tasks.job import JobSpec
+from seqkern.tasks.labelled import (
+    Labelled,
+    carve_dev,
+    read_clinc150,
+    read_csv,
+    read_labelled,
+    read_side,
+    read_trec,
+    split,
+    words_of,
+)
+from seqkern.tasks.options import TrainOptions
+from seqkern.tasks.registry import make_job
+from seqkern.tasks.tagging import JointJob, TaggingJob
+from seqkern.tasks.training import Trainer, restore_job
+from seqkern.tasks.vocab import UNKNOWN, Vocab
+
+QUICK = {"lr": 1e-2, "optimizer": "adam", "schedule": "constant", "warmup": 0, "batch_size": 32}
+SMALL = {
+    "textcnn": {"embedding": 16, "widths": (2, 3), "maps": 8},
+    "bilstm": {"embedding": 16, "hidden": 16},
+    "self-attentive": {"embedding": 16, "hidden": 16, "attention": 8, "rows": 2},
+}
+
+
+def write(path, content, encoding="utf-8"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = content.encode(encoding)
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+# --- words and lines
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("It isn't the dog's life!", ("it", "is", "n't", "the", "dog", "'s", "life", "!")),
+        ("you've can't 2/7", ("you", "'ve", "ca", "n't", "2", "/", "7")),
+        ("  naïve\tfilm ... ", ("naïve", "film", ".", ".", ".")),
+        ("snow_day 'quoted'", ("snow_day", "'quoted", "'")),
+        (" \n", ()),
+    ],
+)
+def test_clean_words(text, words):
+    assert words_of(text) == words
+
+
+def test_tokenised_words_stand_as_they_are():
+    assert words_of(" Add 2/7 isn't ", "spaces") == ("Add", "2/7", "isn't")
+    with pytest.raises(ValueError, match=r"words must be one of .* got 'letters'"):
+        words_of("a", "letters")
+
+
+def test_labelled_lines(tmp_path):
+    path = write(tmp_path / "a.tsv.gz", "good\tA fine film.\n\n bad \tDull\n")
+    assert read_labelled(path) == [
+        Labelled(("a", "fine", "film", "."), "good"),
+        Labelled(("dull",), "bad"),
+    ]
+
+
+def test_trec_lines(tmp_path):
+    path = write(tmp_path / "t", "HUM:ind Who was Josè ?\nNUM:date When ?\n", "latin-1")
+    assert read_trec(path) == [
+        Labelled(("who", "was", "josè", "?"), "HUM"),
+        Labelled(("when", "?"), "NUM"),
+    ]
+    assert [e.label for e in read_trec(path, "fine")] == ["HUM:ind", "NUM:date"]
+    with pytest.raises(ValueError, match="labels must be 'coarse' or 'fine', got 'all'"):
+        read_trec(path, "all")
+
+
+def test_csv_rows(tmp_path):
+    path = write(tmp_path / "b.csv", 'text,category\n"Well, no",lost\n"Two\nlines ""so""",pin\n')
+    assert read_csv(path) == [
+        Labelled(("well", ",", "no"), "lost"),
+        Labelled(("two", "lines", '"', "so", '"'), "pin"),
+    ]
+
+
+def test_clinc150_json(tmp_path):
+    content = {
+        "train": [["Hi there", "greet"]],
+        "val": [["Bye", "leave"]],
+        "test": [["Oh", "greet"]],
+    }
+    content |= {f"oos_{part}": [["What", "oos"]] for part in content}
+    path = write(tmp_path / "c.json", json.dumps(content))
+    parts = read_clinc150(path)
+    assert parts == ([(("hi", "there"), "greet")], [(("bye",), "leave")], [(("oh",), "greet")])
+    assert [len(part) for part in read_clinc150(path, out_of_scope=True)] == [2, 2, 2]
+    with pytest.raises(
+        ValueError, match=r"c.json: train\[1\]: expected \[text, intent\], got \['a'"
+    ):
+        read_clinc150(write(path, json.dumps({**content, "train": [["a", "b"], ["a", " "]]})))
+    with pytest.raises(ValueError, match=r"c.json: expected an object with a list 'val'"):
+        read_clinc150(write(path, json.dumps({"train": []})))
+    with pytest.raises(ValueError, match=r"c.json:2: not JSON"):
+        read_clinc150(write(path, "{\n]"))
+
+
+CONLL = "-DOCSTART- -X- O\n\nJapan NNP B-loc\nwins VB O\n\n\nGo VB O\n"
+
+
+def test_columns(tmp_path):
+    path = write(tmp_path / "x.conll", CONLL)
+    assert read_columns(path) == [
+        TaggedSentence(("Japan", "wins"), ("B-loc", "O")),
+        TaggedSentence(("Go",), ("O",)),
+    ]
+
+
+def triples(folder, part, *rows):
+    for end, lines in zip(("seq.in", "seq.out", "label"), zip(*rows, strict=True), strict=True):
+        write(folder / f"{part}.{end}.gz", "".join(f"{line} \n" for line in lines))
+    return folder
+
+
+def test_triples(tmp_path):
+    folder = triples(tmp_path, "valid", ("play jazz", "O B-genre", "Play"), ("hi", "O", "Greet"))
+    assert read_triples(folder, "valid") == [
+        TaggedSentence(("play", "jazz"), ("O", "B-genre"), "Play"),
+        TaggedSentence(("hi",), ("O",), "Greet"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (
+            read_labelled,
+            "a\tb\nc d\n",
+            r"f:2: expected label<TAB>text, two non-empty fields, got 'c",
+        ),
+        (read_labelled, "a\tb\n\tc\n", "f:2: expected label<TAB>text"),
+        (read_labelled, "a\tb\tc\n", "f:1: expected label<TAB>text"),
+        (read_labelled, "\n", "f: holds no labelled sentence"),
+        (read_trec, "HUM:ind Who ?\nHUM Who ?\n", "f:2: expected COARSE:fine and a question"),
+        (lambda path: read_side(path, "x"), "one\n \n", "f:2: expected a sentence, got ' '"),
+        (read_csv, "text,category\na,b\nc\n", "f:3: expected text,label, two fields, got 'c'"),
+        (read_csv, 'text,category\n"a\n', r"f:\d: not CSV"),
+        (read_csv, "text,category\n", "f: holds no row"),
+        (read_columns, "a O\nb\n", "f:2: expected 2 columns with the tag last, got 'b'"),
+        (read_columns, "a X O\nb O\n", "f:2: expected 3 columns"),
+        (read_columns, "a\n", "f:1: expected at least 2 columns"),
+        (read_columns, "\n", "f: holds no sentence"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path, read, content, message):
+    with pytest.raises(ValueError, match=message):
+        read(write(tmp_path / "f", content))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("a b", "O", "L"), r"p.seq.out.gz:2: expected 2 tags, not 1"),
+        (("", "", "L"), r"p.seq.in.gz:2: expected a sentence"),
+        (("a", "O", "L M"), r"p.label.gz:2: expected one label"),
+    ],
+)
+def test_malformed_triples_are_named(tmp_path, row, message):
+    folder = triples(tmp_path, "p", ("hi", "O", "Greet"), row)
+    with pytest.raises(ValueError, match=message):
+        read_triples(folder, "p")
+
+
+def test_triples_of_unlike_length_are_named(tmp_path):
+    folder = triples(tmp_path, "p", ("hi", "O", "Greet"), ("ho", "O", "Greet"))
+    write(folder / "p.seq.out.gz", "O\n")
+    with pytest.raises(ValueError, match=r"p.seq.out.gz:2: expected as many lines"):
+        read_triples(folder, "p")
+    with pytest.raises(ValueError, match=r"holds no q.seq.in, nor one that ends in .gz"):
+        read_triples(folder, "q")
+
+
+# --- splits
+
+
+def test_a_split_has_no_sentence_twice():
+    examples = [Labelled((str(i % 50), "x"), str(i)) for i in range(100)]
+    parts = split(examples, 1)
+    assert [len(part) for part in parts] == [80, 10, 10]
+    assert sorted(e.label for part in parts for e in part) == sorted(e.label for e in examples)
+    contents = [{e.words for e in part} for part in parts]
+    assert not contents[0] & contents[1]
+    assert not contents[0] & contents[2]
+    assert not contents[1] & contents[2]
+    assert split(examples, 1) == parts
+    assert split(examples, 2) != parts
+    with pytest.raises(ValueError, match="more different examples than 2"):
+        split(examples[:2], 1)
+    with pytest.raises(ValueError, match=r"shares that sum below 1, got 0.5 and 0.5"):
+        split(examples, 1, 0.5, 0.5)
+
+
+def test_a_dev_part_is_carved_from_train_alone():
+    train = [Labelled((str(i),), "a") for i in range(100)]
+    test = [Labelled(("0",), "b")]
+    parts = carve_dev(train, test, 1)
+    assert [len(part) for part in parts] == [90, 10, 1]
+    assert sorted(parts.train + parts.dev) == sorted(train)
+
+
+# --- jobs
+
+
+def opinions(count=240, seed=0):
+    """Sentences of which one of four words tells the label; a third of the words are seen once."""
+    draw, lines, others = random.Random(seed), [], ["the", "a", "film", "plot", "is", "very"]
+    for i in range(count):
+        key = draw.choice(["great", "fine", "dull", "bad"])
+        words = draw.choices(others, k=5)
+        words.insert(draw.randint(0, 5), key)
+        words.insert(draw.randint(0, 6), f"name{i}")
+        lines.append(f"{'pos' if key in ('great', 'fine') else 'neg'}\t{' '.join(words)}\n")
+    return "".join(lines)
+
+
+@pytest.fixture
+def opinion_file(tmp_path):
+    return write(tmp_path / "opinions.tsv", opinions())
+
+
+def run(job, **options):
+    trainer = Trainer(job, TrainOptions(**{**QUICK, **options}))
+    return trainer, [loss for loss, _ in trainer.train(trainer.steps)]
+
+
+@pytest.mark.parametrize("layers", ["torch", "seqkern"])
+@pytest.mark.parametrize("model", SMALL)
+def test_a_classifier_learns_and_is_restored(model, layers, opinion_file, tmp_path):
+    reading = {"unknown": 0.25}
+    spec = JobSpec(model, "labelled", str(opinion_file), layers, 1, SMALL[model], reading)
+    job = make_job(spec)
+    assert isinstance(job, ClassifyJob)
+    trainer, _ = run(job, steps=60)
+    scores = job.evaluate("test")
+    assert scores["accuracy"] >= 0.95
+    assert 0 < scores["loss"] < 0.3
+    texts = ["The name999 is great", "so so name999 dull", "fine !"]
+    assert job.predict(texts) == ["pos", "neg", "pos"]
+    checkpoint.save(tmp_path / "c.pt", trainer.content())
+    opinion_file.unlink()  # a restored job predicts without its data
+    again = restore_job(checkpoint.load(tmp_path / "c.pt"))
+    assert again.predict(texts) == ["pos", "neg", "pos"]
+    with pytest.raises(ValueError, match=r"cannot classify ' ': it holds no word"):
+        again.predict(["fine", " "])
+
+
+def test_loss_and_scores_of_a_batch(opinion_file):
+    """By hand from the model's probabilities, sentences of unlike length in any order."""
+    job = make_job(JobSpec("textcnn", "labelled", str(opinion_file), sizes=SMALL["textcnn"]))
+    dev = job.part("dev")
+    job.model.eval()
+    log_p = []
+    with torch.no_grad():
+        for e in dev:
+            x = torch.tensor([job.words.encode(e.words)])
+            scores = job.model(x, torch.tensor([x.size(1)]))
+            log_p.append(scores[0].log_softmax(-1))
+    losses = [-row[job.labels.encode(e.label)] for row, e in zip(log_p, dev, strict=True)]
+    right = [job.labels[int(row.argmax())] == e.label for row, e in zip(log_p, dev, strict=True)]
+    expected = {"accuracy": sum(right) / len(right), "loss": float(sum(losses) / len(losses))}
+    assert job.evaluate("dev") == pytest.approx(expected, rel=1e-5)
+    assert job.loss(job.collate(dev)).item() == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_label_that_training_has_not_is_wrong(tmp_path):
+    for part, lines in (("train", "a\tx y\nb\tz\n"), ("dev", "a\tx\n"), ("test", "a\tx\nc\tx\n")):
+        write(tmp_path / f"{part}.tsv", lines)
+    job = make_job(JobSpec("textcnn", "labelled", str(tmp_path), sizes=SMALL["textcnn"]))
+    job.model.output.bias.data[0] = 50.0  # always "a"
+    assert job.evaluate("test") == {"accuracy": 0.5, "loss": pytest.approx(0, abs=1e-6)}
+
+
+def test_max_norm_holds_after_every_step(opinion_file):
+    sizes = {**SMALL["textcnn"], "max_norm": 0.05}
+    job = make_job(JobSpec("textcnn", "labelled", str(opinion_file), sizes=sizes))
+    trainer = Trainer(job, TrainOptions(**QUICK, steps=3))
+    for _ in trainer.train(3):
+        assert job.model.output.weight.norm(dim=1).max() <= 0.05 + 1e-6
+
+
+def test_rare_words_are_dropped_most():
+    torch.manual_seed(0)
+    vocab = Vocab(["often", "once"])
+    drop = WordDrop(vocab, [("often",) * 99 + ("once",)], 0.25)
+    x = torch.tensor([[4, 5, 0, UNKNOWN]]).repeat(20_000, 1)
+    shares = (drop(x) != x).double().mean(0).tolist()
+    assert shares == pytest.approx([0.25 / 99.25, 0.25 / 1.25, 0, 0], abs=0.01)
+    assert set(drop(x)[:, 1].tolist()) == {5, UNKNOWN}
+    with pytest.raises(ValueError, match="unknown must not be negative, got -1"):
+        WordDrop(vocab, [], -1)
+
+
+def tagged(count=150, seed=0):
+    """After "by" stands an artist of one or two words, of names seen once mostly."""
+    draw, rows = random.Random(seed), []
+    for i in range(count):
+        names = [f"{draw.choice('bdg')}ono{i}", f"zz{i}"][: draw.randint(1, 2)]
+        words = ["play", *draw.choices(["some", "more", "a", "song"], k=draw.randint(1, 3)), "by"]
+        tags = ["O"] * len(words) + ["B-artist", "I-artist"][: len(names)]
+        label = "Often" if "more" in words else "Play"
+        rows.append((" ".join(words + names), " ".join(tags), label))
+    return rows
+
+
+@pytest.fixture
+def snips_root(tmp_path):
+    folder = tmp_path / "data" / "permissive" / "snips"
+    for part, rows in (("train", tagged()), ("valid", tagged(20, 1)), ("test", tagged(30, 2))):
+        triples(folder, part, *rows)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("crf", [False, True])
+@pytest.mark.parametrize("spellings", [False, True])
+def test_slots_and_intents_are_learnt(snips_root, tmp_path, spellings, crf):
+    if crf:
+        pytest.importorskip("torchcrf", reason="the CRF is pytorch-crf's, which is optional")
+    sizes = {"embedding": 16, "hidden": 32, "dropout": 0.1, "crf": crf}
+    reading = {"spellings": spellings}
+    job = make_job(JobSpec("joint", "snips", str(snips_root), sizes=sizes, reading=reading))
+    assert isinstance(job, JointJob)
+    trainer, losses = run(job, steps=40)
+    assert losses[-1] < 0.2 * losses[0]
+    scores = job.evaluate("test")
+    assert scores["slot_f1"] >= 0.95
+    assert scores["intent_accuracy"] >= 0.95
+    assert scores["sentence_accuracy"] <= min(scores["intent_accuracy"], scores["accuracy"])
+    checkpoint.save(tmp_path / "c.pt", trainer.content())
+    again = restore_job(checkpoint.load(tmp_path / "c.pt"), "torch")
+    answers = ["Often\tO O O B-artist I-artist", "Play\tO O O B-artist"]
+    for one in (job, again):
+        assert one.predict(["play more by dono999 zz999", "play some by Bono998"]) == answers
+
+
+def test_the_loss_of_tags_is_a_mean_over_words(snips_root):
+    spec = JobSpec("tagger", "snips", str(snips_root), sizes={"embedding": 8, "hidden": 8})
+    job = make_job(spec)
+    assert isinstance(job, TaggingJob)
+    job.model.eval()
+    batch = job.collate(job.part("train")[:9])
+    assert batch.units == sum(len(s.words) for s in job.part("train")[:9]) == batch.lengths.sum()
+    total = 0.0
+    for s in job.part("train")[:9]:
+        one = job.collate([s])
+        scores = job.model(one.x, one.lengths).tags[0].log_softmax(-1)
+        total -= sum(scores[t, job.tags.encode(tag)].item() for t, tag in enumerate(s.tags))
+    assert job.loss(batch).item() == pytest.approx(total / batch.units, rel=1e-5)
+
+
+def test_phrases_are_scored_as_phrases(snips_root):
+    """seqeval's F1: a phrase counts where both ends and the kind are right."""
+    job = make_job(JobSpec("tagger", "snips", str(snips_root), sizes={"hidden": 8}))
+    right = [["B-a", "I-a", "O", "B-b"], ["O", "B-a"]]
+    found = [["B-a", "O", "O", "B-b"], ["O", "B-a"]]
+    assert job.score == "slot_f1"
+    assert job.scores_of(right, found) == pytest.approx({"accuracy": 5 / 6, "slot_f1": 2 / 3})
+
+
+UD = "1\tThe\tthe\tDET\t_\t_\t2\tdet\t_\t_\n2\tdog{0}\tdog\tNOUN\t_\t_\t0\troot\t_\t_\n\n"
+
+
+def test_parts_of_speech_from_conllu(tmp_path):
+    path = write(tmp_path / "a.conllu", "".join(UD.format(i) for i in range(40)))
+    sizes = {"embedding": 8, "hidden": 8, "letter_embedding": 8, "spelling": 8}
+    spec = JobSpec("tagger", "conllu", str(path), sizes=sizes, reading={"spellings": True})
+    job = make_job(spec)
+    assert [len(part) for part in job.data] == [32, 4, 4]
+    assert (job.score, job.tags.names) == ("accuracy", ("DET", "NOUN"))
+    run(job, steps=40)
+    assert job.evaluate("test") == {"accuracy": 1.0}
+    assert job.predict(["The dog999", "the The"]) == ["DET NOUN", "DET DET"]
+
+
+def test_a_file_of_columns(tmp_path):
+    rows = [f"say O\nx{i} B-x\n\n" for i in range(20)]
+    path = write(tmp_path / "a.iob", "".join(rows))
+    job = make_job(JobSpec("tagger", "iob", str(path), sizes={"hidden": 8}))
+    assert (job.score, [len(part) for part in job.data]) == ("slot_f1", [16, 2, 2])
+    folder = tmp_path / "parts"
+    for part in ("train", "test"):
+        write(folder / f"{part}.txt", "".join(rows))
+    job = make_job(JobSpec("tagger", "iob", str(folder), sizes={"hidden": 8}))
+    assert [len(part) for part in job.data] == [18, 2, 20]
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "message"),
+    [
+        ("textcnn", {"task": "pairs"}, "task of model 'textcnn' must be one of .* got 'pairs'"),
+        ("textcnn", {"sizes": {"labels": 3}}, r"\['labels'\] follow from data and reading"),
+        ("textcnn", {"reading": {"spellings": True}}, r"\['spellings'\]: not options"),
+        ("textcnn", {"data": ""}, "task 'labelled' needs data: a file of label<TAB>text"),
+        ("tagger", {"task": "iob", "data": ""}, "task 'iob' needs data"),
+        ("tagger", {"task": "conllu", "data": ""}, "task 'conllu' needs data"),
+        ("bilstm", {"task": "trec", "data": ""}, "task 'trec' needs data"),
+    ],
+)
+def test_bad_jobs_are_refused(model, spec, message, opinion_file):
+    with pytest.raises(ValueError, match=message):
+        make_job(JobSpec(model, **{"task": "labelled", "data": str(opinion_file), **spec}))
+
+
+def test_bad_options_of_reading_are_refused(snips_root):
+    with pytest.raises(ValueError, match=r"score must be one of .* got 'bleu'"):
+        make_job(JobSpec("tagger", "snips", str(snips_root), reading={"score": "bleu"}))
+
+
+def test_scores_say_which_package_is_missing(opinion_file, snips_root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    job = make_job(JobSpec("textcnn", "labelled", str(opinion_file), sizes=SMALL["textcnn"]))
+    with pytest.raises(ModuleNotFoundError, match="the scores need the package scikit-learn: pip"):
+        job.evaluate("dev")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "seqeval.metrics", None)
+    job = make_job(JobSpec("tagger", "snips", str(snips_root), sizes={"hidden": 8}))
+    with pytest.raises(ModuleNotFoundError, match="the scores need the package seqeval: pip"):
+        job.evaluate("dev")
+
+
+# --- the real corpora
+
+COUNTS = {
+    ("textcnn", "trec"): ((4907, 545, 500), 6),
+    ("textcnn", "mr"): (None, 2),
+    ("textcnn", "subj"): (None, 2),
+    ("textcnn", "clinc150"): ((15000, 3000, 4500), 150),
+    ("textcnn", "banking77"): ((9003, 1000, 3080), 77),
+    ("textcnn", "snips"): ((13084, 700, 700), 7),
+}
+
+
+@pytest.mark.parametrize(("model", "task"), COUNTS)
+def test_corpora_of_sentences(corpora, model, task):
+    job = make_job(JobSpec(model, task, str(corpora), sizes=SMALL[model]))
+    counts, labels = COUNTS[model, task]
+    sizes = tuple(len(part) for part in job.data)
+    assert len(job.labels) == labels
+    if counts is not None:
+        assert sum(sizes[:2]) == sum(counts[:2])
+        assert sizes[2] == counts[2]
+        assert abs(sizes[1] - counts[1]) < 0.01 * counts[0]
+    else:
+        assert sum(sizes) == {"mr": 10662, "subj": 10000}[task]
+        assert min(sizes[1:]) > 0.09 * sum(sizes)
+    _, losses = run(job, steps=30)
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize(("task", "tags"), [("snips", 72), ("ewt-upos", 17)])
+def test_corpora_of_tags(corpora, task, tags):
+    sizes = {"embedding": 16, "hidden": 16}
+    job = make_job(JobSpec("tagger", task, str(corpora), sizes=sizes))
+    assert len(job.tags) == tags
+    counts = {"snips": (13084, 700, 700), "ewt-upos": (12544, 2001, 2077)}
+    assert tuple(len(part) for part in job.data) == counts[task]
+    _, losses = run(job, steps=30)
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_snips_folder(corpora):
+    from seqkern.tasks.corpora import corpus_folder
+
+    parts = read_snips(corpus_folder(corpora, "snips"))
+    assert parts.test[0].label == "AddToPlaylist"
+    assert parts.test[0].words[:3] == ("add", "sabrina", "salerno")
+    assert parts.test[0].tags[:3] == ("O", "B-artist", "I-artist")
