@@ -1,5 +1,10 @@
 """TextCNN, BiLSTM and self-attention: their equations, padding, both layers, and toy tasks."""
 
+import re
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +14,7 @@ from seqkern.models.bilstm import POOLS, BiLSTMClassifier, BiLSTMConfig
 from seqkern.models.self_attentive import SelfAttentive, SelfAttentiveConfig, penalty
 from seqkern.models.textcnn import TextCNN, TextCNNConfig
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 BOTH = pytest.mark.parametrize("layers", ["torch", "seqkern"])
 
 CNN = TextCNNConfig(11, 3, embedding=5, widths=(2, 4), maps=3, dropout=0.0)
@@ -327,3 +333,37 @@ def test_what_a_long_sentence_lets_through(pool):
         assert accuracy <= 0.5
     else:
         assert accuracy >= 0.99
+
+
+@pytest.fixture
+def example(monkeypatch, capsys):
+    """Runs an example and returns what it prints."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_textcnn_example(example, tmp_path):
+    out = example("textcnn.py", "--steps", "100", "it was dull", "it was fine")
+    assert re.search(r"^step 100: loss \d", out, re.MULTILINE)
+    assert float(re.search(r"sentences: ([\d.]+)% right", out)[1]) >= 90
+    assert re.findall(r"^(\w+)\t(.*)$", out, re.MULTILINE)[1] == ("good", "it was fine")
+    path = tmp_path / "own.tsv"
+    path.write_text("".join(f"a\tx{i}\nb\ty{i}\n" for i in range(20)))
+    assert re.search(r"^[ab]\tx1$", example("textcnn.py", "--data", str(path), "x1"), re.MULTILINE)
+
+
+def test_bilstm_example(example):
+    out = example("bilstm.py", "--length", "5", "--steps", "2")
+    assert re.findall(r"^(\w+)\t[\d.]+% right$", out, re.MULTILINE) == list(POOLS)
+
+
+@pytest.mark.parametrize("kind", ["structured", "heads"])
+def test_self_attentive_example(example, kind):
+    out = example("self_attentive.py", "--kind", kind, "--steps", "2")
+    for line in out.splitlines()[1:]:
+        assert sum(map(int, re.findall(r"(\d+)%", line))) == pytest.approx(100, abs=4)

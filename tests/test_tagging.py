@@ -1,8 +1,11 @@
 """The BiLSTM tagger: its equations, spellings, CRF and intents, both layers, and a toy task."""
 
 import itertools
+import re
+import runpy
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,3 +255,12 @@ def test_tags_of_the_neighbours_are_learnt(by_letter):
     found, _ = model.decode(x, lengths, spellings)
     wrong = sum(tags != y[b, : lengths[b]].tolist() for b, tags in enumerate(found))
     assert wrong == 0
+
+
+def test_tagger_example(monkeypatch, capsys):
+    path = Path(__file__).parent.parent / "examples" / "tagger.py"
+    monkeypatch.setattr(sys, "argv", ["tagger.py", "--steps", "100", "play me some by Enya"])
+    runpy.run_path(str(path), run_name="__main__")
+    out = capsys.readouterr().out
+    assert float(re.search(r"F1 of phrases ([\d.]+)%", out)[1]) >= 90
+    assert "play me some by Enya\tO O O O B-artist" in out
