@@ -30,10 +30,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pad_packed_sequence
 
 import seqkern.nn
 from seqkern.models.common import check_sizes, layers_named
+from seqkern.models.sequences import pack_symbols, padding_of
 
 SCORES = ("additive", "dot", "general")
 
@@ -118,7 +119,7 @@ class PlainDecoder(nn.Module):
         self, x: Tensor, state: Tensor, key: Tensor, *, k_lens: Tensor, u_key: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (N, T, D), state (N, H), key (B, Tx, H), N = B*K: all s_i, c_i and a_i, and s_T."""
-        padding = torch.arange(key.size(1), device=key.device) >= k_lens[:, None]
+        padding = padding_of(k_lens, key.size(1))
         steps = []
         for x_i in x.unbind(1):
             state, c, a = self._step(x_i, state, key, u_key, padding)
@@ -130,7 +131,7 @@ class PlainDecoder(nn.Module):
         self, x: Tensor, state: Tensor, key: Tensor, *, k_lens: Tensor, u_key: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, D): s_i (N, H), c_i (N, H) and a_i (N, Tx)."""
-        padding = torch.arange(key.size(1), device=key.device) >= k_lens[:, None]
+        padding = padding_of(k_lens, key.size(1))
         return self._step(x, state, key, u_key, padding)
 
     def _step(self, x: Tensor, s: Tensor, h: Tensor, u_h: Tensor, padding: Tensor):
@@ -189,18 +190,8 @@ class RNNSearch(nn.Module):
         Raises:
             ValueError: a length is outside 1 .. Tx.
         """
-        if x.dim() != 2 or not x.size(0) or lengths.shape != x.shape[:1]:
-            raise ValueError(
-                "encode: expected x (B, Tx) and lengths (B,), B >= 1, "
-                f"got {tuple(x.shape)} and {tuple(lengths.shape)}"
-            )
-        shortest, longest = int(lengths.min()), int(lengths.max())
-        if shortest < 1 or longest > x.size(1):
-            raise ValueError(
-                f"encode: lengths must be in 1 .. {x.size(1)}, got {shortest} .. {longest}"
-            )
         # The symbols are packed, not their embeddings: what pads them has none.
-        symbols = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        symbols = pack_symbols(x, lengths)
         e_x = symbols._replace(data=self.dropout(self.embed_x(symbols.data)))
         annotations, h_n = self.encoder(e_x)
         h, _ = pad_packed_sequence(annotations, batch_first=True, total_length=x.size(1))

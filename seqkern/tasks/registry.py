@@ -19,6 +19,18 @@ class Entry(NamedTuple):
 
 
 MODELS: dict[str, Entry] = {
+    "seq2seq": Entry(
+        "tasks.translation:TranslationJob",
+        "models.seq2seq:Seq2Seq",
+        "models.seq2seq:Seq2SeqConfig",
+        "encoder-decoder with a fixed vector (Sutskever et al., 2014; Cho et al., 2014)",
+    ),
+    "transformer": Entry(
+        "tasks.translation:TranslationJob",
+        "models.transformer:Transformer",
+        "models.transformer:TransformerConfig",
+        "encoder-decoder of attention alone (Vaswani et al., 2017)",
+    ),
     "rnnsearch": Entry(
         "tasks.translation:TranslationJob",
         "models.rnnsearch:RNNSearch",
@@ -84,6 +96,18 @@ MODELS: dict[str, Entry] = {
         "models.fast_weights:FastWeights",
         "models.fast_weights:FastWeightsConfig",
         "recurrent net with a fast associative memory (Ba et al., 2016)",
+    ),
+    "treelstm": Entry(
+        "tasks.trees:TreeJob",
+        "models.treelstm:TreeLSTM",
+        "models.treelstm:TreeLSTMConfig",
+        "trees, child-sum or with a place for each child (Tai et al., 2015)",
+    ),
+    "graph": Entry(
+        "tasks.graphs:GraphJob",
+        "models.graph:GraphNet",
+        "models.graph:GraphConfig",
+        "gated message passing on labelled graphs (Li et al., 2016; Marcheggiani and Titov, 2017)",
     ),
 }
 
