@@ -130,6 +130,11 @@ class Graphs(NamedTuple):
             tuple(len(graph.symbols) for graph in graphs),
         )
 
+    def to(self, device: torch.device | str) -> Graphs:
+        """The batch on a device."""
+        symbols, sender, receiver, kind = (t.to(device) for t in self[:4])
+        return Graphs(symbols, sender, receiver, kind, self.sizes)
+
 
 class GraphNet(nn.Module):
     """The model of the module docstring.

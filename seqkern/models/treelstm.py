@@ -147,6 +147,19 @@ class Forest(NamedTuple):
             int(np.bincount(parents + 1, minlength=2)[1:].max()),
         )
 
+    def to(self, device: torch.device | str) -> Forest:
+        """The batch on a device."""
+        levels = (
+            level._replace(
+                inputs=level.inputs.to(device),
+                parent=level.parent.to(device),
+                slot=level.slot.to(device),
+            )
+            for level in self.levels
+        )
+        symbols, place, roots = (t.to(device) for t in (self.symbols, self.place, self.roots))
+        return Forest(symbols, tuple(levels), place, roots, self.widest)
+
 
 def _levels(
     symbols: NDArray[np.int64], parents: NDArray[np.int64], height: NDArray[np.int64]
