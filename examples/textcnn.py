@@ -1,6 +1,6 @@
 """Trains a TextCNN to tell two kinds of sentences apart, and labels some with it.
 
-    python examples/textcnn.py [--data LABELLED.tsv] [--steps 150] [SENTENCE ...]
+    python examples/textcnn.py [--data LABELLED.tsv] [--steps 100] [SENTENCE ...]
 
 --data is a file of `label<TAB>text` lines; without it the sentences are generated opinions.
 """
@@ -35,12 +35,12 @@ def opinions(count: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a file of label<TAB>text lines")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     default = ["the film is great", "to me it was not great", "a plot that is not bad indeed"]
     parser.add_argument("sentences", nargs="*", default=default)
     arguments = parser.parse_args()
 
-    options = TrainOptions(steps=arguments.steps, batch_size=32, warmup=0)
+    options = TrainOptions(steps=arguments.steps, batch_size=32, lr=1e-2, warmup=0)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "opinions.tsv"

@@ -348,8 +348,8 @@ def example(monkeypatch, capsys):
 
 
 def test_textcnn_example(example, tmp_path):
-    out = example("textcnn.py", "--steps", "100", "it was dull", "it was fine")
-    assert re.search(r"^step 100: loss \d", out, re.MULTILINE)
+    out = example("textcnn.py", "--steps", "50", "it was dull", "it was fine")
+    assert re.search(r"^step 50: loss \d", out, re.MULTILINE)
     assert float(re.search(r"sentences: ([\d.]+)% right", out)[1]) >= 90
     assert re.findall(r"^(\w+)\t(.*)$", out, re.MULTILINE)[1] == ("good", "it was fine")
     path = tmp_path / "own.tsv"
