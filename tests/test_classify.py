@@ -144,6 +144,16 @@ def test_bilstm_is_the_equations(pool, layers):
 
 
 @BOTH
+def test_the_last_state_is_that_of_the_last_layer(layers):
+    model = build("two lstms, last", layers).double()
+    x, lengths = batch()
+    u, _ = model.represent(x, lengths)
+    for b, n in enumerate(lengths.tolist()):
+        states, _ = model.lstm(model.embed(x[b, :n]).unsqueeze(1))
+        torch.testing.assert_close(u[b], states[-1, 0], rtol=1e-12, atol=1e-13)
+
+
+@BOTH
 def test_structured_is_the_equations(layers):
     model = build("structured", layers).double()
     p = dict(model.named_parameters())
@@ -191,7 +201,8 @@ def test_neighbours_and_padding_do_not_change_a_row(name, layers):
     model = build(name, layers).double()
     x, lengths = batch()
     together = model(x, lengths)
-    wider = model(F.pad(x, (0, 4), value=7), lengths)  # what stands past the end is not read
+    past = torch.arange(13) >= lengths[:, None]  # and what stands there is not read
+    wider = model(F.pad(x, (0, 4)).masked_fill(past, 7), lengths)
     torch.testing.assert_close(wider, together, rtol=1e-12, atol=1e-13)
     for b in range(len(x)):
         alone = model(x[b : b + 1, : lengths[b]], lengths[b : b + 1])

@@ -102,7 +102,7 @@ class TextCNN(nn.Module):
     def features(self, x: Tensor, lengths: Tensor) -> Tensor:
         """z (B, widths * maps), the filters of the first width first; arguments of `forward`."""
         check_sequences(x, lengths)
-        widest = max(self.config.widths)
+        widest, lengths = max(self.config.widths), lengths.to(x.device)
         x = F.pad(x, (0, max(0, widest - x.size(1))))
         vectors = self.embed(x).masked_fill(padding_of(lengths, x.size(1)).unsqueeze(-1), 0)
         ends = lengths.clamp(min=widest).unsqueeze(-1)  # (B, 1): past them no window reaches
