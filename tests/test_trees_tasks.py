@@ -1,6 +1,10 @@
 """Trees in brackets, ListOps, and the job that trains a Tree-LSTM on them."""
 
 import random
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,3 +275,17 @@ def test_the_treebank_is_read_whole(corpora):
     assert len(trees) == 1101
     assert sum(len(tree.labels) for tree in trees) == 41447
     assert sum(tree.labels[0] != "2" for tree in trees) == 872
+
+
+def test_example(monkeypatch, capsys, tmp_path):
+    script = str(Path(__file__).parent.parent / "examples/treelstm.py")
+    monkeypatch.setattr(sys, "argv", [script, "--steps", "2"])
+    runpy.run_path(script, run_name="__main__")
+    out = capsys.readouterr().out
+    assert re.search(r"^step 2: loss \d", out, re.MULTILINE)
+    assert re.search(r"^held-out trees: [\d.]+% right$", out, re.MULTILINE)
+    assert re.search(r"^\d\t\[MAX 2 9 \[MIN 4 7 \] 0 \]$", out, re.MULTILINE)
+    folder_of(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, "--steps", "2", "--data", str(tmp_path), SENTENCE])
+    runpy.run_path(script, run_name="__main__")
+    assert re.search(rf"^[123]\t{re.escape(SENTENCE)}$", capsys.readouterr().out, re.MULTILINE)
