@@ -374,6 +374,8 @@ def test_phrases_are_scored_as_phrases(snips_root):
     found = [["B-a", "O", "O", "B-b"], ["O", "B-a"]]
     assert job.score == "slot_f1"
     assert job.scores_of(right, found) == pytest.approx({"accuracy": 5 / 6, "slot_f1": 2 / 3})
+    none = [["O"] * 4, ["O"] * 2]
+    assert job.scores_of(right, none) == pytest.approx({"accuracy": 1 / 3, "slot_f1": 0})
 
 
 UD = "1\tThe\tthe\tDET\t_\t_\t2\tdet\t_\t_\n2\tdog{0}\tdog\tNOUN\t_\t_\t0\troot\t_\t_\n\n"

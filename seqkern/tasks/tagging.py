@@ -204,7 +204,7 @@ class TaggingJob(Job):
         scores = {"accuracy": float(sklearn.accuracy_score(*flat))}
         if self.score == "slot_f1":
             metrics = library("seqeval.metrics", "seqeval")
-            scores["slot_f1"] = float(metrics.f1_score(right, found))
+            scores["slot_f1"] = float(metrics.f1_score(right, found, zero_division=0))
         return scores
 
     def scorer(self) -> str:
