@@ -1,7 +1,5 @@
-"""Classification and tagging as tasks: readers, splits, and jobs from training to predicting."""
+"""Classification and tagging as tasks: jobs from training to predicting, and the corpora."""
 
-import gzip
-import json
 import random
 import sys
 
@@ -10,24 +8,15 @@ import torch
 
 from seqkern.tasks import checkpoint
 from seqkern.tasks.classify import ClassifyJob, WordDrop
-from seqkern.tasks.iob import TaggedSentence, read_columns, read_snips, read_triples
+from seqkern.tasks.corpora import corpus_folder
+from seqkern.tasks.iob import read_snips
 from seqkern.tasks.job import JobSpec
-from seqkern.tasks.labelled import (
-    Labelled,
-    carve_dev,
-    read_clinc150,
-    read_csv,
-    read_labelled,
-    read_side,
-    read_trec,
-    split,
-    words_of,
-)
 from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.registry import make_job
 from seqkern.tasks.tagging import JointJob, TaggingJob
 from seqkern.tasks.training import Trainer, restore_job
 from seqkern.tasks.vocab import UNKNOWN, Vocab
+from tests.label_files import triples, write
 
 QUICK = {"lr": 1e-2, "optimizer": "adam", "schedule": "constant", "warmup": 0, "batch_size": 32}
 SMALL = {
@@ -35,190 +24,6 @@ SMALL = {
     "bilstm": {"embedding": 16, "hidden": 16},
     "self-attentive": {"embedding": 16, "hidden": 16, "attention": 8, "rows": 2},
 }
-
-
-def write(path, content, encoding="utf-8"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    raw = content.encode(encoding)
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-    return path
-
-
-# --- words and lines
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("It isn't the dog's life!", ("it", "is", "n't", "the", "dog", "'s", "life", "!")),
-        ("you've can't 2/7", ("you", "'ve", "ca", "n't", "2", "/", "7")),
-        ("  naïve\tfilm ... ", ("naïve", "film", ".", ".", ".")),
-        ("snow_day 'quoted'", ("snow_day", "'quoted", "'")),
-        (" \n", ()),
-    ],
-)
-def test_clean_words(text, words):
-    assert words_of(text) == words
-
-
-def test_tokenised_words_stand_as_they_are():
-    assert words_of(" Add 2/7 isn't ", "spaces") == ("Add", "2/7", "isn't")
-    with pytest.raises(ValueError, match=r"words must be one of .* got 'letters'"):
-        words_of("a", "letters")
-
-
-def test_labelled_lines(tmp_path):
-    path = write(tmp_path / "a.tsv.gz", "good\tA fine film.\n\n bad \tDull\n")
-    assert read_labelled(path) == [
-        Labelled(("a", "fine", "film", "."), "good"),
-        Labelled(("dull",), "bad"),
-    ]
-
-
-def test_trec_lines(tmp_path):
-    path = write(tmp_path / "t", "HUM:ind Who was Josè ?\nNUM:date When ?\n", "latin-1")
-    assert read_trec(path) == [
-        Labelled(("who", "was", "josè", "?"), "HUM"),
-        Labelled(("when", "?"), "NUM"),
-    ]
-    assert [e.label for e in read_trec(path, "fine")] == ["HUM:ind", "NUM:date"]
-    with pytest.raises(ValueError, match="labels must be 'coarse' or 'fine', got 'all'"):
-        read_trec(path, "all")
-
-
-def test_csv_rows(tmp_path):
-    path = write(tmp_path / "b.csv", 'text,category\n"Well, no",lost\n"Two\nlines ""so""",pin\n')
-    assert read_csv(path) == [
-        Labelled(("well", ",", "no"), "lost"),
-        Labelled(("two", "lines", '"', "so", '"'), "pin"),
-    ]
-
-
-def test_clinc150_json(tmp_path):
-    content = {
-        "train": [["Hi there", "greet"]],
-        "val": [["Bye", "leave"]],
-        "test": [["Oh", "greet"]],
-    }
-    content |= {f"oos_{part}": [["What", "oos"]] for part in content}
-    path = write(tmp_path / "c.json", json.dumps(content))
-    parts = read_clinc150(path)
-    assert parts == ([(("hi", "there"), "greet")], [(("bye",), "leave")], [(("oh",), "greet")])
-    assert [len(part) for part in read_clinc150(path, out_of_scope=True)] == [2, 2, 2]
-    with pytest.raises(
-        ValueError, match=r"c.json: train\[1\]: expected \[text, intent\], got \['a'"
-    ):
-        read_clinc150(write(path, json.dumps({**content, "train": [["a", "b"], ["a", " "]]})))
-    with pytest.raises(ValueError, match=r"c.json: expected an object with a list 'val'"):
-        read_clinc150(write(path, json.dumps({"train": []})))
-    with pytest.raises(ValueError, match=r"c.json:2: not JSON"):
-        read_clinc150(write(path, "{\n]"))
-
-
-CONLL = "-DOCSTART- -X- O\n\nJapan NNP B-loc\nwins VB O\n\n\nGo VB O\n"
-
-
-def test_columns(tmp_path):
-    path = write(tmp_path / "x.conll", CONLL)
-    assert read_columns(path) == [
-        TaggedSentence(("Japan", "wins"), ("B-loc", "O")),
-        TaggedSentence(("Go",), ("O",)),
-    ]
-
-
-def triples(folder, part, *rows):
-    for end, lines in zip(("seq.in", "seq.out", "label"), zip(*rows, strict=True), strict=True):
-        write(folder / f"{part}.{end}.gz", "".join(f"{line} \n" for line in lines))
-    return folder
-
-
-def test_triples(tmp_path):
-    folder = triples(tmp_path, "valid", ("play jazz", "O B-genre", "Play"), ("hi", "O", "Greet"))
-    assert read_triples(folder, "valid") == [
-        TaggedSentence(("play", "jazz"), ("O", "B-genre"), "Play"),
-        TaggedSentence(("hi",), ("O",), "Greet"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("read", "content", "message"),
-    [
-        (
-            read_labelled,
-            "a\tb\nc d\n",
-            r"f:2: expected label<TAB>text, two non-empty fields, got 'c",
-        ),
-        (read_labelled, "a\tb\n\tc\n", "f:2: expected label<TAB>text"),
-        (read_labelled, "a\tb\tc\n", "f:1: expected label<TAB>text"),
-        (read_labelled, "\n", "f: holds no labelled sentence"),
-        (read_trec, "HUM:ind Who ?\nHUM Who ?\n", "f:2: expected COARSE:fine and a question"),
-        (lambda path: read_side(path, "x"), "one\n \n", "f:2: expected a sentence, got ' '"),
-        (read_csv, "text,category\na,b\nc\n", "f:3: expected text,label, two fields, got 'c'"),
-        (read_csv, 'text,category\n"a\n', r"f:\d: not CSV"),
-        (read_csv, "text,category\n", "f: holds no row"),
-        (read_columns, "a O\nb\n", "f:2: expected 2 columns with the tag last, got 'b'"),
-        (read_columns, "a X O\nb O\n", "f:2: expected 3 columns"),
-        (read_columns, "a\n", "f:1: expected at least 2 columns"),
-        (read_columns, "\n", "f: holds no sentence"),
-    ],
-)
-def test_malformed_lines_are_named(tmp_path, read, content, message):
-    with pytest.raises(ValueError, match=message):
-        read(write(tmp_path / "f", content))
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (("a b", "O", "L"), r"p.seq.out.gz:2: expected 2 tags, not 1"),
-        (("", "", "L"), r"p.seq.in.gz:2: expected a sentence"),
-        (("a", "O", "L M"), r"p.label.gz:2: expected one label"),
-    ],
-)
-def test_malformed_triples_are_named(tmp_path, row, message):
-    folder = triples(tmp_path, "p", ("hi", "O", "Greet"), row)
-    with pytest.raises(ValueError, match=message):
-        read_triples(folder, "p")
-
-
-def test_triples_of_unlike_length_are_named(tmp_path):
-    folder = triples(tmp_path, "p", ("hi", "O", "Greet"), ("ho", "O", "Greet"))
-    write(folder / "p.seq.out.gz", "O\n")
-    with pytest.raises(ValueError, match=r"p.seq.out.gz:2: expected as many lines"):
-        read_triples(folder, "p")
-    with pytest.raises(ValueError, match=r"holds no q.seq.in, nor one that ends in .gz"):
-        read_triples(folder, "q")
-
-
-# --- splits
-
-
-def test_a_split_has_no_sentence_twice():
-    examples = [Labelled((str(i % 50), "x"), str(i)) for i in range(100)]
-    parts = split(examples, 1)
-    assert [len(part) for part in parts] == [80, 10, 10]
-    assert sorted(e.label for part in parts for e in part) == sorted(e.label for e in examples)
-    contents = [{e.words for e in part} for part in parts]
-    assert not contents[0] & contents[1]
-    assert not contents[0] & contents[2]
-    assert not contents[1] & contents[2]
-    assert split(examples, 1) == parts
-    assert split(examples, 2) != parts
-    with pytest.raises(ValueError, match="more different examples than 2"):
-        split(examples[:2], 1)
-    with pytest.raises(ValueError, match=r"shares that sum below 1, got 0.5 and 0.5"):
-        split(examples, 1, 0.5, 0.5)
-
-
-def test_a_dev_part_is_carved_from_train_alone():
-    train = [Labelled((str(i),), "a") for i in range(100)]
-    test = [Labelled(("0",), "b")]
-    parts = carve_dev(train, test, 1)
-    assert [len(part) for part in parts] == [90, 10, 1]
-    assert sorted(parts.train + parts.dev) == sorted(train)
-
-
-# --- jobs
 
 
 def opinions(count=240, seed=0):
@@ -282,11 +87,26 @@ def test_loss_and_scores_of_a_batch(opinion_file):
     assert job.loss(job.collate(dev)).item() == pytest.approx(expected["loss"], rel=1e-5)
 
 
+def test_words_are_dropped_in_training_alone(opinion_file):
+    """With all words of a sentence unknown, its scores are those of as many UNKNOWN."""
+    sizes = {**SMALL["textcnn"], "dropout": 0.0}
+    spec = JobSpec("textcnn", "labelled", str(opinion_file), sizes=sizes, reading={"unknown": 1e9})
+    job = make_job(spec)
+    batch = job.collate(job.part("train")[:9])
+    unknown = batch.x.masked_fill(batch.x > UNKNOWN, UNKNOWN)
+    dropped = job.model.loss(unknown, batch.lengths, batch.labels)
+    torch.testing.assert_close(job.loss(batch), dropped)
+    job.model.eval()
+    torch.testing.assert_close(
+        job.loss(batch), job.model.loss(batch.x, batch.lengths, batch.labels)
+    )
+
+
 def test_a_label_that_training_has_not_is_wrong(tmp_path):
-    for part, lines in (("train", "a\tx y\nb\tz\n"), ("dev", "a\tx\n"), ("test", "a\tx\nc\tx\n")):
+    for part, lines in (("train", "a\tx y\nb\tz\n"), ("dev", "b\tx\n"), ("test", "b\tx\nc\tx\n")):
         write(tmp_path / f"{part}.tsv", lines)
     job = make_job(JobSpec("textcnn", "labelled", str(tmp_path), sizes=SMALL["textcnn"]))
-    job.model.output.bias.data[0] = 50.0  # always "a"
+    job.model.output.bias.data[1] = 50.0  # always "b"
     assert job.evaluate("test") == {"accuracy": 0.5, "loss": pytest.approx(0, abs=1e-6)}
 
 
@@ -306,6 +126,7 @@ def test_rare_words_are_dropped_most():
     shares = (drop(x) != x).double().mean(0).tolist()
     assert shares == pytest.approx([0.25 / 99.25, 0.25 / 1.25, 0, 0], abs=0.01)
     assert set(drop(x)[:, 1].tolist()) == {5, UNKNOWN}
+    assert WordDrop(vocab, [("once",)], 0)(x) is x
     with pytest.raises(ValueError, match="unknown must not be negative, got -1"):
         WordDrop(vocab, [], -1)
 
@@ -480,8 +301,6 @@ def test_corpora_of_tags(corpora, task, tags):
 
 
 def test_snips_folder(corpora):
-    from seqkern.tasks.corpora import corpus_folder
-
     parts = read_snips(corpus_folder(corpora, "snips"))
     assert parts.test[0].label == "AddToPlaylist"
     assert parts.test[0].words[:3] == ("add", "sabrina", "salerno")

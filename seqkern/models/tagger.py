@@ -220,8 +220,7 @@ class BiLSTMTagger(nn.Module):
         scores = self(x, lengths, spellings)
         intents = None if scores.intents is None else scores.intents.argmax(-1).tolist()
         if self.crf is not None:
-            return self.crf.decode(
-                scores.tags, ~padding_of(lengths.to(x.device), x.size(1))
-            ), intents
+            real = ~padding_of(lengths.to(x.device), x.size(1))
+            return self.crf.decode(scores.tags, real), intents
         rows = scores.tags.argmax(-1).tolist()
         return [row[:n] for row, n in zip(rows, lengths.tolist(), strict=True)], intents

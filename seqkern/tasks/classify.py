@@ -88,12 +88,13 @@ class WordDrop:
         if not a >= 0:
             raise ValueError(f"unknown must not be negative, got {a}")
         counts = Counter(number for words in sentences for number in vocab.encode(words))
-        self._drop = torch.tensor(
-            [a / (a + counts[n]) if counts[n] else 0.0 for n in range(len(vocab))]
-        )
+        seen = [counts[number] for number in range(len(vocab))]
+        self._a, self._drop = a, torch.tensor([a / (a + n) if n else 0.0 for n in seen])
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, T) with words dropped; the draw is the CPU's on every device."""
+        if not self._a:
+            return x
         dropped = torch.rand(x.shape) < self._drop[x.cpu()]
         return x.masked_fill(dropped.to(x.device), UNKNOWN)
 
@@ -120,7 +121,7 @@ class ClassifyJob(Job):
         "labels": "coarse",
         "out_of_scope": False,
         "min_count": 1,
-        "unknown": 0.0,
+        "unknown": 0.25,
     }
     unit = "sentence"
     score = "accuracy"
@@ -167,8 +168,7 @@ class ClassifyJob(Job):
         return SentenceBatch(x, lengths, labels, len(examples), len(examples))
 
     def loss(self, batch: SentenceBatch) -> Tensor:
-        dropping = self.model.training and self.reading["unknown"] > 0
-        x = self._drop(batch.x) if dropping else batch.x
+        x = self._drop(batch.x) if self.model.training else batch.x
         return self.model.loss(x, batch.lengths, batch.labels)
 
     def after_step(self) -> None:

@@ -150,6 +150,7 @@ RECIPES: dict[str, Recipe] = {
         target=0.88,
         published="0.882, CNN-rand",
         source="README of harvardnlp/sent-conv-torch, a reproduction of Kim (2014)",
+        reading={"unknown": 0.0},
         options=_KIM | {"epochs": 12, "patience": 12},
     ),
     "textcnn-mr": Recipe(
@@ -159,7 +160,6 @@ RECIPES: dict[str, Recipe] = {
         target=0.735,
         published="0.759, CNN-rand, the mean of ten folds",
         source="README of harvardnlp/sent-conv-torch, a reproduction of Kim (2014)",
-        reading={"unknown": 0.25},
         options=_KIM | {"epochs": 6, "patience": 6},
     ),
     "bilstm-trec": Recipe(
@@ -169,7 +169,6 @@ RECIPES: dict[str, Recipe] = {
         target=0.88,
         published="0.882, BiLSTM-max trained on inference and transferred",
         source="README of facebookresearch/InferSent (Conneau et al., 2017)",
-        reading={"unknown": 0.25},
         options=_ADAM | {"epochs": 12, "patience": 12},
         sizes={"hidden": 400},
     ),
@@ -180,7 +179,6 @@ RECIPES: dict[str, Recipe] = {
         target=0.965,
         published="0.970, slot-gated BLSTM, jointly with slots",
         source="NLP-progress, intent detection and slot filling (Goo et al., 2018)",
-        reading={"unknown": 0.25},
         options=_ADAM | {"epochs": 4, "patience": 4},
     ),
     "self-attentive-trec": Recipe(
@@ -190,7 +188,6 @@ RECIPES: dict[str, Recipe] = {
         target=0.88,
         published="none of this model; 0.882 of the BiLSTM-max above",
         source="README of facebookresearch/InferSent (Conneau et al., 2017)",
-        reading={"unknown": 0.25},
         options=_ADAM | {"epochs": 10, "patience": 10},
     ),
     "joint-snips": Recipe(

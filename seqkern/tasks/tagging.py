@@ -161,8 +161,7 @@ class TaggingJob(Job):
 
     def losses(self, batch: TagBatch) -> tuple[Tensor, Tensor | None]:
         """-log p(y | x) of each sentence, and the scores of the intents."""
-        dropping = self.model.training and self.reading["unknown"] > 0
-        x = self._drop(batch.x) if dropping else batch.x
+        x = self._drop(batch.x) if self.model.training else batch.x
         return self.model.losses(x, batch.lengths, batch.y, batch.spellings)
 
     def loss(self, batch: TagBatch) -> Tensor:
