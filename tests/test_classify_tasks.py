@@ -13,7 +13,7 @@ from seqkern.tasks.iob import read_snips
 from seqkern.tasks.job import JobSpec
 from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.registry import make_job
-from seqkern.tasks.tagging import JointJob, TaggingJob
+from seqkern.tasks.tagging import JointJob, TaggingJob, spell
 from seqkern.tasks.training import Trainer, restore_job
 from seqkern.tasks.vocab import UNKNOWN, Vocab
 from tests.label_files import triples, write
@@ -149,6 +149,14 @@ def snips_root(tmp_path):
     for part, rows in (("train", tagged()), ("valid", tagged(20, 1)), ("test", tagged(30, 2))):
         triples(folder, part, *rows)
     return tmp_path / "data"
+
+
+def test_each_different_word_is_spelt_once():
+    letters = Vocab(["A", "a", "b"])
+    spelt = spell([("Ab", "b"), ("ab", "Ab", "c")], letters)
+    assert spelt.letters.tolist() == [[4, 6], [6, 0], [5, 6], [UNKNOWN, 0]]
+    assert spelt.lengths.tolist() == [2, 1, 2, 1]
+    assert spelt.word.tolist() == [[0, 1, 0], [2, 0, 3]]
 
 
 @pytest.mark.parametrize("crf", [False, True])
