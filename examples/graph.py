@@ -24,7 +24,8 @@ def main() -> None:
 
     options = TrainOptions(steps=arguments.steps, batch_size=32, lr=1e-2, optimizer="adam")
     torch.set_num_threads(options.threads)
-    reading = {"depth": 2, "arguments": 4, "nested": 0.5, "operators": ("MAX", "MIN")}
+    reading = {"examples": 4000, "held_out": 400, "depth": 2, "arguments": 4, "nested": 0.5}
+    reading["operators"] = ("MAX", "MIN")
     for edges in (True, False):
         sizes = {"embedding": 32, "hidden": 48, "rounds": 3, "edges": edges}
         if arguments.data:

@@ -30,7 +30,8 @@ def main() -> None:
         spec = JobSpec("treelstm", "trees", arguments.data, sizes={"kind": "childsum"})
     else:
         sizes = {"kind": "childsum", "embedding": 16, "hidden": 48}
-        reading = {"depth": 3, "arguments": 4, "operators": ("MAX", "MIN")}
+        reading = {"examples": 4000, "held_out": 400, "depth": 3, "arguments": 4}
+        reading["operators"] = ("MAX", "MIN")
         spec = JobSpec("treelstm", "listops", sizes=sizes, reading=reading)
     options = TrainOptions(steps=arguments.steps, batch_size=32, lr=1e-2, optimizer="adam")
     torch.set_num_threads(options.threads)

@@ -50,6 +50,8 @@ from seqkern.models.common import check_sizes, layers_named
 KINDS = ("nary", "childsum")
 NO_SYMBOL = 0
 NO_PARENT = -1
+# nn.Embedding's own spread, 1, drowns what is learned of a word that is seen a few times.
+EMBEDDING_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,8 @@ class TreeLSTM(nn.Module):
         )
         self.output = nn.Linear(H, config.labels)
         self.dropout = nn.Dropout(config.dropout)
+        with torch.no_grad():
+            self.embed.weight.mul_(EMBEDDING_SPREAD)
 
     def forward(self, forest: Forest) -> Tensor:
         """Unnormalised scores of the labels at every node, (N, labels), in the trees' order.
