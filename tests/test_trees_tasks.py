@@ -28,6 +28,7 @@ def test_a_tree_in_brackets():
         ("", "Not", "", "too", "bad"), (-1, 0, 0, 2, 2), ("3", "2", "4", "2", "3")
     )
     assert parse_tree(" ( X   word )").words == ("word",)
+    assert parse_tree("(2 1\u00a01/2)").words == ("1\u00a01/2",)  # no space that ends a word
     assert parse_tree("(S (NP a)(VP(V b)(NP c)))").parents == (-1, 0, 0, 2, 2)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from seqkern.tasks.lines import read_lines
 
-TOKEN = re.compile(r"[()]|[^()\s]+")
+TOKEN = re.compile(r"[()]|[^() \t\r\n]+")  # a word may hold other white space, as of a fixed width
 
 
 class LabelledTree(NamedTuple):
