@@ -198,7 +198,6 @@ def assert_losses_agree(make_one, score):
 
 @EVERY
 def test_fifty_losses_agree(name):
-    # Every second symbol tells the next one.
     x = torch.stack([torch.arange(18) * step % V for step in (1, 2, 3, 4)])
 
     def score(model):
@@ -284,9 +283,6 @@ def test_the_gradient_of_a_simple_network_vanishes():
 @pytest.mark.parametrize("train", [True, False])
 def test_dropout_falls_in_training_only(train):
     for model, config in MODELS.values():
-        # A single layer drops its inputs and outputs all the same.
-        if not hasattr(config, "dropout"):
-            continue
         one = model(replace(config, dropout=0.5)).train(train)
         x = text()
         assert torch.equal(one(x)[0], one(x)[0]) is not train
