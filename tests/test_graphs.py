@@ -156,6 +156,19 @@ def test_a_path_longer_than_pythons_stack():
     assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("layers", ["torch", "seqkern"])
+@pytest.mark.parametrize("readout", READOUTS)
+def test_autocast(readout, layers):
+    """In bfloat16 the scores are near those of float32, and every gradient comes back."""
+    model = models(replace(SIZES, readout=readout))[layers == "seqkern"]
+    graphs = Graphs.of(random_graphs())
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model(graphs)
+    torch.testing.assert_close(scores.float(), model(graphs), rtol=0.05, atol=0.05)
+    scores.float().logsumexp(1).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("graphs", "message"),
     [

@@ -51,6 +51,7 @@ def test_the_graph_of_a_parse(tmp_path):
     sentence = read_conllu(folder_of(tmp_path) + "/train.conllu")[0]
     assert graph_of_parse(sentence.words, sentence.heads, sentence.deprels) == expected
     assert parse_line("the:2 dog:3 barks:0") == expected._replace(labels=("", "", ""))
+    assert parse_line("go:0 on:1").edges == ((1, 0, "head"), (0, 1, "next"))
     assert parse_line("::0").symbols == (":",)
     for wrong in ("", "the dog", "a:3 b:0", ":1", "a:-1"):
         with pytest.raises(ValueError, match="expected words with the number of each one's head"):

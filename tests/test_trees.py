@@ -168,6 +168,17 @@ def test_one_seed_gives_both_layers_the_same_training():
     assert losses["torch"][-1] < losses["torch"][0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(kind):
+    """In bfloat16 the scores are near those of float32, and every gradient comes back."""
+    model, forest = TreeLSTM(replace(SIZES, kind=kind)), Forest.of(trees_of_many_shapes())
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model(forest)
+    torch.testing.assert_close(scores.float(), model(forest), rtol=0.05, atol=0.05)
+    scores.float().logsumexp(1).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_dropout_is_off_in_eval_mode():
     model, forest = TreeLSTM(replace(SIZES, dropout=0.5)), Forest.of(trees_of_many_shapes())
     assert not torch.equal(model(forest), model(forest))

@@ -196,7 +196,7 @@ class GraphNet(nn.Module):
                 gate = self.gate(h).view(-1, 1).index_select(0, graphs.sender) + b_gate
                 message = self.message(h).view(-1, H).index_select(0, graphs.sender) + b
                 a = a.index_add(0, graphs.receiver, torch.sigmoid(gate) * message)
-            h = self.update(a, h)
+            h = self.update(a, h).to(h.dtype)  # under autocast the states stay in float32
         return h
 
     def _attend(self, h: Tensor, sizes: tuple[int, ...]) -> Tensor:

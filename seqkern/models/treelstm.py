@@ -307,7 +307,7 @@ class NaryCell(nn.Module):
 
 def _state(iou: Tensor, f_c: Tensor) -> tuple[Tensor, Tensor]:
     """h_j and c_j (.., H) of the sums in i, o and u (.., 3H) and of sum_k f_jk c_k (.., H)."""
-    i, o, u = iou.chunk(3, -1)
+    i, o, u = iou.to(f_c.dtype).chunk(3, -1)  # under autocast the states stay in float32
     c = torch.addcmul(f_c, torch.sigmoid(i), torch.tanh(u))
     return torch.sigmoid(o) * torch.tanh(c), c
 
@@ -347,7 +347,8 @@ class TreeLSTM(nn.Module):
         self._check(forest)
         w, H = self.cell.w, self.config.hidden
         x = self.dropout(self.embed(forest.symbols))
-        w_x = F.linear(x, w.weight).split([len(level.inputs) for level in forest.levels])
+        w_x = F.linear(x, w.weight).to(w.bias.dtype)
+        w_x = w_x.split([len(level.inputs) for level in forest.levels])
         received: list[list[tuple[Tensor, Tensor]]] = [[] for _ in forest.levels]
         states = []
         for level, w_x_level, children in zip(forest.levels, w_x, received, strict=True):
