@@ -1,4 +1,4 @@
-"""Trains a small grapheme-to-phoneme model in Python and decodes some words with it.
+"""Trains RNNSearch to spell words in phonemes, and decodes some.
 
     python examples/g2p.py [--data PAIRS.tsv] [--steps 1500] [WORD ...]
 
@@ -9,30 +9,31 @@ import argparse
 
 import torch
 
-from seqkern.tasks.predictor import Predictor
-from seqkern.tasks.task import Task
-from seqkern.tasks.training import Trainer, TrainOptions
+from seqkern.tasks.job import JobSpec
+from seqkern.tasks.options import TrainOptions
+from seqkern.tasks.registry import make_job
+from seqkern.tasks.training import Trainer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="cmudict", help="cmudict, or a source<TAB>target file")
+    parser.add_argument("--data", default="", help="a file of source<TAB>target lines")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("words", nargs="*", default=["kernel", "sequence", "attention"])
     arguments = parser.parse_args()
 
     options = TrainOptions(steps=arguments.steps)
     torch.set_num_threads(options.threads)
-    trainer = Trainer(Task(arguments.data), options, {"hidden": 64})
+    task = "pairs" if arguments.data else "cmudict"
+    job = make_job(JobSpec("rnnsearch", task, arguments.data, sizes={"hidden": 64}))
+    trainer = Trainer(job, options)
     for loss, _ in trainer.train(arguments.steps):
         if trainer.step % 100 == 0 or trainer.finished:
             print(f"step {trainer.step}: loss {loss:.3f}")
 
-    predictor = Predictor.of(trainer)
-    print(f"held-out words: {predictor.evaluate(trainer.split.dev).sequence:.1%} wrong")
-    sources = [predictor.symbols_of(word) for word in arguments.words]
-    for word, target in zip(arguments.words, predictor.decode(sources), strict=True):
-        print(word, " ".join(target), sep="\t")
+    print(f"held-out words: {job.evaluate('dev', beam=4)['sequence_error']:.1%} wrong")
+    for word, target in zip(arguments.words, job.predict(arguments.words), strict=True):
+        print(word, target, sep="\t")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,20 @@ def test_g2p(run, tmp_path):
     assert re.findall(r"^(\w+)\t", out, re.MULTILINE) == ["aei", "dhl"]
 
 
+def test_seq2seq(run):
+    out = run("seq2seq.py", "--steps", "2", "--cell", "lstm", "abc", "fed")
+    assert re.search(r"^step 2: loss \d", out, re.MULTILINE)
+    assert re.search(r"^words of 5 letters: \d+% right$", out, re.MULTILINE)
+    assert re.findall(r"^(\w+)\t", out, re.MULTILINE) == ["abc", "fed"]
+
+
+def test_transformer(run):
+    out = run("transformer.py", "--steps", "2", "nine hundred")
+    assert re.search(r"^step 2: loss \d", out, re.MULTILINE)
+    assert re.search(r"^held-out numbers: [\d.]+% wrong$", out, re.MULTILINE)
+    assert out.splitlines()[2].startswith("nine hundred\t")
+
+
 def test_attention(run):
     out = run("attention.py", "--steps", "3")
     (first, last), (other_first, other_last) = re.findall(r"loss (\S+) -> (\S+)", out)

@@ -1,0 +1,179 @@
+"""Translation jobs: every model learns and has equal losses on both layers; what is decoded."""
+
+import random
+
+import pytest
+import torch
+
+from seqkern.tasks.job import JobSpec
+from seqkern.tasks.metrics import bleu, bleu_signature
+from seqkern.tasks.options import TrainOptions
+from seqkern.tasks.registry import make_job
+from seqkern.tasks.sides import Side
+from seqkern.tasks.subwords import Subwords
+from seqkern.tasks.training import Trainer, restore_job
+from seqkern.tasks.vocab import EOS, UNKNOWN
+
+SIZES = {
+    "seq2seq": {"cell": "lstm", "embedding": 16, "hidden": 48, "depth": 1},
+    "gru": {"cell": "gru", "embedding": 16, "hidden": 48, "depth": 1, "context": True},
+    "transformer": {
+        "width": 32,
+        "heads": 4,
+        "ffn": 64,
+        "depth": 1,
+        "dropout": 0.0,
+        "norm_first": True,
+    },
+    "rnnsearch": {"embedding": 16, "hidden": 32, "attention": 16, "maxout": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Words over five letters, and their letters in capitals, backwards."""
+    draw = random.Random(0)
+    words = sorted({"".join(draw.choices("abcde", k=draw.randint(1, 5))) for _ in range(1500)})
+    path = tmp_path_factory.mktemp("data") / "words.tsv"
+    path.write_text("".join(f"{word}\t{' '.join(word[::-1].upper())}\n" for word in words))
+    return str(path)
+
+
+def job_of(name, data, layers="seqkern", **reading):
+    model = "seq2seq" if name == "gru" else name
+    return make_job(JobSpec(model, "pairs", data, layers, 1, SIZES[name], reading))
+
+
+@pytest.mark.parametrize("name", ["seq2seq", "gru", "transformer"])
+def test_equal_losses_on_both_layers(words, name):
+    """Fifty steps in float32: the two runs differ by what rounding grows to."""
+    options = TrainOptions(steps=50, batch_size=32, lr=3e-3, warmup=10)
+    runs = []
+    for layers in ("torch", "seqkern"):
+        trainer = Trainer(job_of(name, words, layers), options)
+        runs.append([loss for loss, _ in trainer.train(50)])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+    assert runs[0][:5] == pytest.approx(runs[1][:5], rel=1e-5)
+    assert runs[0][-1] < 0.8 * runs[0][0]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_reversal_is_learned(words, name):
+    job = job_of(name, words)
+    lr = 8e-3 if name == "transformer" else 1e-2
+    trainer = Trainer(job, TrainOptions(steps=350, batch_size=64, lr=lr, warmup=20))
+    for _ in trainer.train(350):
+        pass
+    scores = job.evaluate("test", beam=3)
+    assert scores["sequence_error"] <= 0.1, scores
+    assert job.predict(["abcde"]) == ["E D C B A"]
+    if name in ("transformer", "rnnsearch"):
+        alignment = job.align("abcde")
+        assert alignment.target == tuple("EDCBA")
+        assert alignment.weights.shape == (6, 5)
+        if name == "rnnsearch":  # the anti-diagonal
+            read = alignment.weights[:5].argmax(1)
+            assert (read - torch.arange(4, -1, -1)).abs().sum() <= 1
+
+
+def test_a_reversed_source_is_another_reading(words):
+    job, reverse = (job_of("seq2seq", words, reverse=r) for r in (False, True))
+    pair = job.data.train[17]
+    x, y = job.collate([pair]).x, reverse.collate([pair]).x
+    assert torch.equal(x, y.flip(1))
+    with pytest.raises(ValueError, match=r"symbols \['\?', '!'\] are not"):
+        job.predict(["a?b!"])
+    with pytest.raises(ValueError, match=r"symbols \['!', '\?'\] are not"):
+        reverse.predict(["a?b!"])
+
+
+def test_smoothing_is_of_training_alone(words):
+    plain, smooth = (job_of("transformer", words, smoothing=s) for s in (0.0, 0.1))
+    batch = plain.collate(plain.data.train[:8])
+    for job in (plain, smooth):
+        job.model.eval()
+    assert torch.equal(plain.loss(batch), smooth.loss(batch))
+    log_p = plain.model(batch.x, batch.lengths, batch.y_previous).log_softmax(-1)
+    smooth.model.train()
+    real = batch.y != 0
+    right = -log_p.gather(-1, batch.y.unsqueeze(-1)).squeeze(-1)[real].mean()
+    expected = 0.9 * right - 0.1 * log_p[real].mean()
+    torch.testing.assert_close(smooth.loss(batch), expected)
+
+
+def test_long_pairs_are_cut_in_training(words):
+    job = job_of("seq2seq", words, longest=3)
+    batch = job.collate(job.data.train[-4:])
+    assert batch.x.shape[1] == 3
+    assert batch.y.shape[1] == 4
+    assert torch.all(batch.y[:, -1] == EOS)
+
+
+def test_subwords(tmp_path):
+    texts = ["a low lower lowest", "new newer newest", "wide wider widest"] * 20
+    subwords = Subwords.build(texts, 40)
+    side = Side("subwords", subwords)
+    known = side.encode("newest wide")
+    assert UNKNOWN not in known
+    assert side.decode([*known, EOS, 7]) == "newest wide"
+    assert "".join(side.symbols(known)).replace("\u2581", " ").strip() == "newest wide"
+    again = Subwords(subwords.state()["model"])
+    assert again.encode_text("lowest") == subwords.encode_text("lowest")
+    with pytest.raises(ValueError, match="cannot make 4000 subwords"):
+        Subwords.build(["a b"], 4000)
+
+
+def test_parallel_files_in_subwords(tmp_path):
+    source, target = tmp_path / "x.en", tmp_path / "x.up"
+    lines = [f"{a} {b} {c}" for a in ("red", "green") for b in ("cat", "dog") for c in "xyzw"]
+    source.write_text("\n".join(lines) + "\n")
+    target.write_text("\n".join(line.upper() for line in lines) + "\n")
+    spec = JobSpec(
+        "transformer",
+        "parallel",
+        f"{source},{target}",
+        sizes=SIZES["transformer"],
+        reading={"symbols": 30},
+    )
+    job = make_job(spec)
+    assert (job.score, job.higher) == ("bleu", True)
+    trainer = Trainer(job, TrainOptions(steps=3, batch_size=4))
+    assert len(list(trainer.train(3))) == 3
+    again = restore_job(trainer.content())
+    assert again.predict(["red cat x"]) == job.predict(["red cat x"])
+    assert set(job.evaluate("dev")) == {"loss", "perplexity", "bleu"}
+    with pytest.raises(ValueError, match="needs data SOURCE,TARGET"):
+        make_job(JobSpec("transformer", "parallel", str(source)))
+
+
+def test_bleu():
+    found = ["the cat sat on the mat", "a dog barked loudly today"]
+    assert bleu(found, [[text] for text in found], "none") == pytest.approx(100.0)
+    two = bleu(found, [["no cat here at all", found[0]], [found[1]]], "13a")
+    assert two == pytest.approx(100.0)
+    # 4-grams: of 3 + 2 in the texts all but those with "mat": precisions 10/11, 8/9, 6/7, 4/5
+    near = [["the cat sat on the rug"], [found[1]]]
+    expected = 100 * (10 / 11 * 8 / 9 * 6 / 7 * 4 / 5) ** 0.25
+    assert bleu(found, near, "none") == pytest.approx(expected)
+    assert "tok:zh" in bleu_signature("zh")
+    with pytest.raises(ValueError, match="N >= 1"):
+        bleu([], [], "13a")
+
+
+def test_multi30k(corpora):
+    job = make_job(
+        JobSpec("seq2seq", "multi30k-de-en", str(corpora), sizes={"embedding": 8, "hidden": 8})
+    )
+    assert [len(part) for part in job.data] == [29000, 1014, 1000]
+    assert job.data.train[0].target.startswith("two young , white males")
+    batch = job.batches(128, 1)[0]
+    assert torch.isfinite(job.loss(batch))
+    assert "tok:none" in job.scorer()
+
+
+def test_tatoeba(corpora):
+    sizes = {"width": 16, "heads": 2, "ffn": 16, "depth": 1}
+    job = make_job(JobSpec("transformer", "tatoeba-en-zh", str(corpora), sizes=sizes))
+    assert [len(part) for part in job.data] == [27154, 1000, 1001]
+    assert len(job.vocabs["source"]) == len(job.vocabs["target"]) == 4000
+    assert job.target.decode(job.target.encode("你好。")) == "你好。"
