@@ -242,9 +242,8 @@ class LanguageModelJob(Job):
         return (len(example),)
 
     def loss(self, batch: TextBatch) -> Tensor:
+        # An epoch's first window follows none, nor does one that another process took the last of.
         state = self._state if batch.at == self._next else None
-        if not self.model.carries or batch.at == 0:
-            state = None
         scores, state = self.model(batch.x, state)
         if self.model.carries:
             self._state, self._next = tuple(part.detach() for part in state), batch.at + 1
