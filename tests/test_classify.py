@@ -131,6 +131,14 @@ def test_textcnn_vectors_start_uniform():
     assert 0.24 < weight.max() <= 0.25
 
 
+@pytest.mark.parametrize("model", [BiLSTMClassifier, SelfAttentive])
+def test_vectors_of_the_recurrent_models_start_small(model):
+    config = BiLSTMConfig if model is BiLSTMClassifier else SelfAttentiveConfig
+    weight = model(config(500, 3)).embed.weight
+    assert not weight[0].any()
+    assert weight[1:].std().item() == pytest.approx(0.1, rel=0.02)
+
+
 @BOTH
 @pytest.mark.parametrize("pool", POOLS)
 def test_bilstm_is_the_equations(pool, layers):
@@ -324,12 +332,6 @@ def test_self_attention_spots_keywords(kind):
     config = SelfAttentiveConfig(40, 4, kind, 16, 16, 16, rows=2, dropout=0.0, pad=39)
     model = SelfAttentive(config)
     assert train(model, keyword, 200, 1e-2) >= 0.99
-    x, lengths, y = keyword(64)
-    attended = model.attend(x, lengths, need_weights=True)
-    if kind == "structured":  # and it looks at the word that decides
-        with torch.no_grad():
-            at = attended.weights.amax(1).argmax(-1)
-        assert (x[torch.arange(64), at] == y).double().mean() >= 0.8
 
 
 @pytest.mark.parametrize("pool", ["last", "max", "attention"])

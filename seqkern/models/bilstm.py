@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_packed_sequence
 
 from seqkern.models.common import check_sizes, layers_named
-from seqkern.models.sequences import pack_symbols, padding_of
+from seqkern.models.sequences import pack_symbols, padding_of, small_embedding
 from seqkern.ops.additive import additive_attention
 
 POOLS = ("last", "mean", "max", "attention")
@@ -116,7 +116,7 @@ class BiLSTMClassifier(nn.Module):
         super().__init__()
         lstm = layers_named(layers).LSTM
         self.config, self.layers = config, layers
-        self.embed = nn.Embedding(config.symbols, config.embedding, padding_idx=config.pad)
+        self.embed = small_embedding(config.symbols, config.embedding, config.pad)
         self.lstm = lstm(
             config.embedding,
             config.hidden // config.directions,

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_packed_sequence
 
 from seqkern.models.common import check_sizes, layers_named
-from seqkern.models.sequences import pack_symbols, padding_of
+from seqkern.models.sequences import pack_symbols, padding_of, small_embedding
 
 KINDS = ("structured", "heads")
 
@@ -115,7 +115,7 @@ class SelfAttentive(nn.Module):
         nn_of = layers_named(layers)
         self.config, self.layers = config, layers
         H = config.hidden
-        self.embed = nn.Embedding(config.symbols, config.embedding, padding_idx=config.pad)
+        self.embed = small_embedding(config.symbols, config.embedding, config.pad)
         self.lstm = nn_of.LSTM(config.embedding, H // 2, bidirectional=True)
         if config.kind == "structured":
             self.w_s1 = nn.Linear(H, config.attention, bias=False)

@@ -1,9 +1,9 @@
-"""Batches of symbols for the recurrent models: their check, and their packing."""
+"""Batches of symbols for the recurrent models: their check, packing and first vectors."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 
@@ -38,3 +38,15 @@ def pack_symbols(x: Tensor, lengths: Tensor, what: str = "lengths") -> PackedSeq
 def padding_of(lengths: Tensor, T: int) -> Tensor:
     """(B, T), True past the end of a row."""
     return torch.arange(T, device=lengths.device) >= lengths[:, None]
+
+
+def small_embedding(symbols: int, size: int, pad: int) -> nn.Embedding:
+    """An embedding that starts normal with a deviation of 0.1, and zero for `pad`.
+
+    At nn.Embedding's own deviation of 1 the vector of a word that is seen once or twice stays what
+    was drawn for it, and a classifier learns that draw by heart.
+    """
+    embedding = nn.Embedding(symbols, size, padding_idx=pad)
+    with torch.no_grad():
+        embedding.weight.mul_(0.1)
+    return embedding
