@@ -117,7 +117,7 @@ def test_bad_tasks_are_refused(tmp_path):
     for task, data, sizes, message in (
         ("conllu", "", {}, "needs data: a folder of train, dev and test.conllu"),
         ("conllu", str(tmp_path), {}, r"holds no train\.conllu"),
-        ("parses", "", {}, "must be one of conllu, listops, sst, trees"),
+        ("parses", "", {}, "must be one of atis-parses, conllu, listops, sst, trees"),
         ("conllu", folder_of, {"readout": "max"}, "readout must be 'nodes' for task 'conllu'"),
     ):
         data = data(tmp_path) if callable(data) else data
@@ -154,9 +154,8 @@ def test_expressions_need_their_edges():
 
 def test_a_treebank_is_learned_a_little(corpora):
     """After 60 steps on the parses of ATIS the relation of four words in ten is right."""
-    (path,) = corpora.glob("**/ud_english_atis")
     sizes = {"embedding": 32, "hidden": 32, "rounds": 2}
-    job = make_job(JobSpec("graph", "conllu", str(path), sizes=sizes))
+    job = make_job(JobSpec("graph", "atis-parses", str(corpora), sizes=sizes))
     trainer = Trainer(job, TrainOptions(steps=60, batch_size=32, lr=1e-2, warmup=0))
     for _ in trainer.train(60):
         pass

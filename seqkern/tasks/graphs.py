@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from seqkern.models.graph import Graph, GraphConfig, GraphNet, Graphs
 from seqkern.tasks import trees
 from seqkern.tasks.conllu import read_conllu
+from seqkern.tasks.corpora import corpus_folder
 from seqkern.tasks.job import Job, Parts
 from seqkern.tasks.labelled import needed_file
 from seqkern.tasks.treebank import LabelledTree
@@ -24,6 +25,10 @@ from seqkern.tasks.trees import LEFT_OUT, ROWS, label_scores, numbers_of
 from seqkern.tasks.vocab import Labels, Vocab
 
 HEAD, NEXT = "head", "next"
+PARSES = {
+    "conllu": "your folder of train, dev and test.conllu: the relation of a word to its head",
+    "atis-parses": "requests about flights, UD_English-Atis: the relation of a word to its head",
+}
 
 
 class LabelledGraph(NamedTuple):
@@ -94,7 +99,7 @@ class GraphJob(Job):
 
     TASKS: ClassVar[dict[str, str]] = {
         **trees.TASKS,
-        "conllu": "your folder of train, dev and test.conllu: the relation of a word to its head",
+        **PARSES,
     }
     READING: ClassVar[dict[str, Any]] = trees.READING
     score = "accuracy"
@@ -108,12 +113,14 @@ class GraphJob(Job):
 
     def read(self) -> Parts:
         spec = self.spec
-        if spec.task != "conllu":
+        if spec.task not in PARSES:
             parts = trees.tree_parts(spec.task, spec.data, self.reading, spec.seed)
             return Parts(*([graph_of_tree(tree) for tree in part] for part in parts))
-        if not spec.data:
+        if spec.task == "conllu" and not spec.data:
             raise ValueError("task 'conllu' needs data: a folder of train, dev and test.conllu")
-        files = (needed_file(spec.data, f"{part}.conllu") for part in Parts._fields)
+        known = spec.task == "atis-parses"
+        folder = corpus_folder(spec.data, "ud_english_atis") if known else spec.data
+        files = (needed_file(folder, f"{part}.conllu") for part in Parts._fields)
         return Parts(
             *([graph_of_parse(s.words, s.heads, s.deprels) for s in read_conllu(f)] for f in files)
         )
@@ -128,13 +135,13 @@ class GraphJob(Job):
         }
 
     def build_model(self) -> nn.Module:
-        readout = {"readout": "nodes"} if self.spec.task == "conllu" else {}
+        readout = {"readout": "nodes"} if self.spec.task in PARSES else {}
         counts = {"symbols": "words", "edge_labels": "edges", "labels": "labels"}
         sizes = {size: len(self.vocabs[name]) for size, name in counts.items()}
         config = GraphConfig(**{**sizes, **readout, **self.spec.sizes})
-        if self.spec.task == "conllu" and config.readout != "nodes":
+        if self.spec.task in PARSES and config.readout != "nodes":
             raise ValueError(
-                f"readout must be 'nodes' for task 'conllu', which labels words, "
+                f"readout must be 'nodes' for task {self.spec.task!r}, which labels words, "
                 f"got {config.readout!r}"
             )
         return GraphNet(config, self.spec.layers)
@@ -224,7 +231,7 @@ class GraphJob(Job):
         """
         task = self.spec.task
         examples = [
-            parse_line(t) if task == "conllu" else graph_of_tree(trees.tree_of(task, t))
+            parse_line(t) if task in PARSES else graph_of_tree(trees.tree_of(task, t))
             for t in texts
         ]
         found = (p.argmax(-1).tolist() for p in self._log_p(examples))

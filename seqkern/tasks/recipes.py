@@ -75,6 +75,17 @@ _RETRIEVAL = {
     "weight_decay": 0.0,
 }
 
+_LISTOPS = {"arguments": 4, "operators": ("MAX", "MIN")}
+_LISTOPS_SIZES = {"hidden": 48}
+_LISTOPS_TRAINING = {
+    "epochs": 6,
+    "batch_size": 32,
+    "lr": 1e-2,
+    "optimizer": "adam",
+    "weight_decay": 0.0,
+    "warmup": 0,
+}
+
 RECIPES: dict[str, Recipe] = {
     "transformer-multi30k": Recipe(
         "transformer",
@@ -309,5 +320,60 @@ RECIPES: dict[str, Recipe] = {
         source="Ba et al., 2016, table 1",
         sizes={"hidden": 50},
         options=_RETRIEVAL | {"steps": 30_000},
+    ),
+    "treelstm-sst": Recipe(
+        "treelstm",
+        "sst",
+        score="accuracy",
+        target=0.45,
+        published="0.439 with random word vectors, 0.510 with GloVe",
+        source="Tai et al., 2015",
+        sizes={"dropout": 0.5},
+        reading={"min_count": 2},
+        options={
+            "epochs": 6,
+            "batch_size": 25,
+            "lr": 0.05,
+            "optimizer": "adagrad",
+            "schedule": "constant",
+            "warmup": 0,
+            "weight_decay": 2.5e-6,  # of a mean over nodes, 1e-4 of the paper's sum over a tree
+            "clip": 0.0,
+            "evaluate_every": 171,
+            "patience": 6,
+        },
+    ),
+    "treelstm-listops": Recipe(
+        "treelstm",
+        "listops",
+        score="accuracy",
+        target=0.95,
+        published="none of MAX and MIN alone, which this is",
+        source="the task is that of Nangia and Bowman, 2018",
+        sizes=_LISTOPS_SIZES | {"kind": "childsum", "embedding": 16},
+        reading=_LISTOPS | {"depth": 3, "examples": 4000},
+        options=_LISTOPS_TRAINING | {"evaluate_every": 125},
+    ),
+    "graph-listops": Recipe(
+        "graph",
+        "listops",
+        score="accuracy",
+        target=0.95,
+        published="none of MAX and MIN alone, which this is",
+        source="the task is that of Nangia and Bowman, 2018",
+        sizes=_LISTOPS_SIZES | {"embedding": 32, "rounds": 3},
+        reading=_LISTOPS | {"depth": 2, "nested": 0.5, "examples": 2000},
+        options=_LISTOPS_TRAINING | {"evaluate_every": 63},
+    ),
+    "graph-atis": Recipe(
+        "graph",
+        "atis-parses",
+        score="accuracy",
+        target=0.92,
+        published="none of relations for given trees; without edges 0.75 is reached",
+        source="UD_English-Atis",
+        sizes={"embedding": 64, "hidden": 64, "rounds": 3, "dropout": 0.2},
+        reading={"min_count": 2},
+        options=_LISTOPS_TRAINING | {"lr": 5e-3, "epochs": 2, "evaluate_every": 134},
     ),
 }
