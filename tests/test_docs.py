@@ -1,6 +1,9 @@
 """Every Python block of the README and of the documentation runs as it stands."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,17 @@ def test_links_between_pages_exist():
         for link in re.findall(r"\]\(([^)#]+?\.md)\)", page.read_text()):
             missing += [f"{page.name}: {link}"] * (not (page.parent / link).exists())
     assert not missing
+
+
+def test_the_table_of_results_is_that_of_the_result_files():
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "benchmarks.models_table"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    page = (ROOT / "docs" / "models.md").read_text()
+    shown = page.split("<!-- results -->")[1].split("<!-- end of results -->")[0]
+    assert shown.strip() == done.stdout.strip()

@@ -55,6 +55,12 @@ MODELS: dict[str, Entry] = {
         "models.self_attentive:SelfAttentiveConfig",
         "sentences by self-attention over a BiLSTM (Lin et al., 2017)",
     ),
+    "pretrained": Entry(
+        "tasks.finetune:FineTuneJob",
+        "models.pretrained:PretrainedClassifier",
+        "models.pretrained:PretrainedConfig",
+        "a language model that becomes a classifier (Dai and Le, 2015)",
+    ),
     "tagger": Entry(
         "tasks.tagging:TaggingJob",
         "models.tagger:BiLSTMTagger",

@@ -1,0 +1,83 @@
+"""Pre-training on sentences without labels, then fine-tuning on the few that have one."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from functools import cached_property
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from seqkern.tasks.batches import Batches, Stream
+from seqkern.tasks.classify import ClassifyJob, SentenceBatch
+from seqkern.tasks.job import Parts
+from seqkern.tasks.labelled import Labelled
+from seqkern.tasks.vocab import Vocab
+
+
+class UnlabelledBatch(SentenceBatch):
+    """Sentences to learn the language from; `labels` is not read, and a unit is a word."""
+
+
+class Phases:
+    """The batches of one stream up to a step, and those of another from there on."""
+
+    def __init__(self, first: Stream, steps: int, second: Stream) -> None:
+        self._first, self._steps, self._second = first, steps, second
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches of an epoch of the second stream."""
+        return self._second.per_epoch
+
+    def __getitem__(self, step: int) -> Any:
+        if step < self._steps:
+            return self._first[step]
+        return self._second[step - self._steps]
+
+
+class FineTuneJob(ClassifyJob):
+    """A model with `language_loss` too (see models/pretrained.py).
+
+    Options of reading besides ClassifyJob's: share, of the training sentences of each label that
+    keep their label, the others being text alone; pretrain, how many of the training's first steps
+    learn the language from the text of all of them, 0 for none.
+    """
+
+    READING: ClassVar[dict[str, Any]] = ClassifyJob.READING | {"share": 0.1, "pretrain": 1000}
+
+    @cached_property
+    def _all(self) -> Parts:
+        return super().read()
+
+    def read(self) -> Parts:
+        """The parts, of which "train" is what keeps its label."""
+        if not 0 < self.reading["share"] <= 1:
+            raise ValueError(f"share must be in (0, 1], got {self.reading['share']}")
+        by_label = defaultdict(list)
+        for example in self._all.train:
+            by_label[example.label].append(example)
+        draw, kept = random.Random(self.spec.seed), []
+        for _, examples in sorted(by_label.items()):
+            kept += draw.sample(examples, math.ceil(self.reading["share"] * len(examples)))
+        return self._all._replace(train=kept)
+
+    def build_vocabs(self) -> dict[str, Any]:
+        words = Vocab.build((e.words for e in self._all.train), self.reading["min_count"])
+        return super().build_vocabs() | {"words": words}
+
+    def batches(self, batch_size: int, seed: int) -> Stream:
+        labelled = super().batches(batch_size, seed)
+        text = Batches(self._all.train, self._text, self.length, batch_size, seed)
+        return Phases(text, self.reading["pretrain"], labelled)
+
+    def _text(self, examples: list[Labelled]) -> UnlabelledBatch:
+        batch = self.collate([e._replace(label=self.labels[0]) for e in examples])
+        return UnlabelledBatch(*batch[:3], units=int(batch.lengths.sum()), rows=batch.rows)
+
+    def loss(self, batch: SentenceBatch) -> Tensor:
+        if isinstance(batch, UnlabelledBatch):
+            return self.model.language_loss(batch.x, batch.lengths)
+        return super().loss(batch)
