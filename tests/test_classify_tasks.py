@@ -259,12 +259,12 @@ def test_bad_options_of_reading_are_refused(snips_root):
 def test_scores_say_which_package_is_missing(opinion_file, snips_root, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     job = make_job(JobSpec("textcnn", "labelled", str(opinion_file), sizes=SMALL["textcnn"]))
-    with pytest.raises(ModuleNotFoundError, match="the scores need the package scikit-learn: pip"):
+    with pytest.raises(ModuleNotFoundError, match="accuracy needs the package scikit-learn: pip"):
         job.evaluate("dev")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "seqeval.metrics", None)
     job = make_job(JobSpec("tagger", "snips", str(snips_root), sizes={"hidden": 8}))
-    with pytest.raises(ModuleNotFoundError, match="the scores need the package seqeval: pip"):
+    with pytest.raises(ModuleNotFoundError, match="F1 of phrases needs the package seqeval: pip"):
         job.evaluate("dev")
 
 

@@ -11,6 +11,7 @@ import typer
 
 from seqkern.cli.common import INTERRUPTED, Data, Layers, progress_bar, user_errors
 from seqkern.cli.parallel import joined_processes
+from seqkern.tasks.libraries import library
 from seqkern.tasks.registry import MODELS, make_job
 from seqkern.tasks.run import checkpoint_path, run_steps, start_log, stop_on_signal
 from seqkern.tasks.settings import parse_settings, resolve
@@ -35,7 +36,8 @@ def train(
 ) -> None:
     """Train a reference model on a corpus or on your own files.
 
-    Settings that are not given are those of the model's recipe (seqkern reproduce). Where the
+    Settings that are not given are those of the model's recipe on that corpus (seqkern reproduce),
+    and else the defaults. Where the
     folder holds a checkpoint, the run goes on from there with the options it began with, to the
     same losses as if it had not been interrupted. Under torchrun the processes share the work.
     """
@@ -109,10 +111,5 @@ def _run(trainer: Trainer, folder: Path, tensorboard: bool) -> bool:
 
 
 def _writer(folder: Path):
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "--tensorboard needs the package tensorboard: pip install tensorboard"
-        ) from error
-    return SummaryWriter(str(folder))
+    writer = "torch.utils.tensorboard.writer"
+    return library(writer, "tensorboard", "--tensorboard", "tensorboard").SummaryWriter(str(folder))

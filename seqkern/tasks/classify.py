@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from seqkern.tasks.batches import pad_sources
 from seqkern.tasks.corpora import corpus_folder
 from seqkern.tasks.iob import read_snips
-from seqkern.tasks.job import Job, JobSpec, Parts
+from seqkern.tasks.job import Job, Parts
 from seqkern.tasks.labelled import (
     Labelled,
     carve_dev,
@@ -28,7 +27,8 @@ from seqkern.tasks.labelled import (
     split,
     words_of,
 )
-from seqkern.tasks.registry import entry, load
+from seqkern.tasks.libraries import library
+from seqkern.tasks.registry import build_model
 from seqkern.tasks.vocab import UNKNOWN, Labels, Vocab
 
 
@@ -40,36 +40,6 @@ class SentenceBatch(NamedTuple):
     labels: Tensor
     units: int
     rows: int
-
-
-def library(module: str, package: str) -> Any:
-    """A module of an optional package.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; the message says how to.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"the scores need the package {package}: pip install 'seqkern[models]'"
-        ) from error
-
-
-def model_of(spec: JobSpec, sizes: dict[str, int]) -> nn.Module:
-    """The model of a spec.
-
-    Args:
-        spec: names it, with sizes and layers.
-        sizes: those that follow from the data.
-
-    Raises:
-        ValueError: the spec has one of those sizes too, or an impossible one.
-    """
-    if given := sorted(spec.sizes.keys() & sizes.keys()):
-        raise ValueError(f"{given} follow from data and reading, and are not for setting")
-    found = entry(spec.model)
-    return load(found.model)(load(found.config)(**sizes, **spec.sizes), spec.layers)
 
 
 class WordDrop:
@@ -142,8 +112,7 @@ class ClassifyJob(Job):
         }
 
     def build_model(self) -> nn.Module:
-        sizes = {"symbols": len(self.words), "labels": len(self.labels)}
-        return model_of(self.spec, sizes)
+        return build_model(self.spec, symbols=len(self.words), labels=len(self.labels))
 
     @property
     def words(self) -> Vocab:
@@ -205,7 +174,7 @@ class ClassifyJob(Job):
         right = [e.label for e in examples]
         known, left_out = set(self.labels.names), -100
         y = torch.tensor([self.labels.encode(n) if n in known else left_out for n in right])
-        metrics = library("sklearn.metrics", "scikit-learn")
+        metrics = library("sklearn.metrics", "scikit-learn", "accuracy")
         return {
             "accuracy": float(metrics.accuracy_score(right, found)),
             "loss": F.nll_loss(log_p, y, ignore_index=left_out).item(),

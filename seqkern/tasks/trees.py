@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from seqkern.models.treelstm import Forest, Tree, TreeLSTM, TreeLSTMConfig
 from seqkern.tasks import listops
-from seqkern.tasks.classify import library
 from seqkern.tasks.corpora import corpus_folder
 from seqkern.tasks.job import Job, Parts
 from seqkern.tasks.labelled import needed_file
+from seqkern.tasks.libraries import library
 from seqkern.tasks.treebank import LabelledTree, parse_tree, read_trees
 from seqkern.tasks.vocab import Labels, Vocab
 
@@ -84,7 +84,7 @@ def label_scores(labels: Labels, log_p: Tensor, names: Sequence[str]) -> dict[st
         log_p: (N, C) log p(label).
         names: N right labels; one that the training data has not is never found.
     """
-    metrics = library("sklearn.metrics", "scikit-learn")
+    metrics = library("sklearn.metrics", "scikit-learn", "accuracy")
     found = [labels[i] for i in log_p.argmax(-1).tolist()]
     scores = {"accuracy": float(metrics.accuracy_score(list(names), found))}
     if labels.names == SENTIMENT:
