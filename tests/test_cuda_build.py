@@ -1,6 +1,7 @@
 """The recurrent CUDA kernels as compiled for each card: registers, spills, shared memory and
 instructions against a budget. Nothing here runs on a GPU."""
 
+import functools
 import re
 
 import pytest
@@ -15,18 +16,33 @@ needs_nvcc = pytest.mark.skipif(CUDA_HOME is None, reason="no nvcc on this machi
 
 CELLS = {0: "LSTM", 1: "GRU", 2: "RNN_TANH"}  # by Mode; the last is that of both Elman cells
 TYPES = {"f": "float32", "NS_4bf16E": "bfloat16", "NS_3f16E": "float16"}
-NAME = re.compile(r"block_(forward|backward)ILNS_4ModeE(\d)E(f|NS_4bf16E|NS_3f16E)E")
+NAME = re.compile(
+    r"recurrent_(forward|backward)ILNS_4ModeE(\d)E(f|NS_4bf16E|NS_3f16E)NS0_\d+(\w+?)EEE"
+)
 
-REGISTERS = 168  # the 65536 of a multiprocessor over the 384 threads of the largest block
+# The 65536 of a multiprocessor over the threads of a block, and what an instruction can name.
+REGISTERS = {"block": 168, "cluster": 255, "grid": 255}
+# Bytes that go through memory where blocks share a slice: the set-up stores them before the steps,
+# and a step reads one word of them again.
+SPILLED = {("LSTM", "sm_120"): 40}
 # Bytes of shared memory that a block may ask for.
 SHARED = {"sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+CARDS = {"block": assembled.ARCHS, "cluster": assembled.ARCHS[1:], "grid": assembled.ARCHS}
+EVERY = [(skeleton, arch) for skeleton, archs in CARDS.items() for arch in archs]
+# By skeleton: what passes values between blocks, and how often it may stand in a kernel.
+PASSED = {
+    "block": {},
+    "cluster": {"STAS.128": None, "SYNCS": None, "UCGABAR_ARV": 1},
+    "grid": {"STG.E.64.STRONG.GPU": 1, "LDG.E.64.STRONG.GPU": 4},
+}
 
 
-@pytest.fixture(scope="module")
-def kernels():
+@functools.cache
+def kernels(skeleton: str):
     """By card, then by (pass, cell, dtype)."""
-    source = assembled.ROOT / "csrc/core/cuda/block.cu"
-    found = assembled.usage(source, CUDA_HOME, binaries.TOOLS / "nvdisasm")
+    source = assembled.ROOT / f"csrc/core/cuda/{skeleton}.cu"
+    nvdisasm = binaries.TOOLS / "nvdisasm"
+    found = assembled.usage(source, CUDA_HOME, nvdisasm, CARDS[skeleton])
     named = {}
     for arch, of in found.items():
         named[arch] = {}
@@ -39,21 +55,27 @@ def kernels():
 
 @needs_nvcc
 @pytest.mark.xdist_group("assembled")
-@pytest.mark.parametrize("arch", assembled.ARCHS)
-def test_every_kernel_keeps_its_budget(kernels, arch):
-    assert len(kernels[arch]) == 2 * len(CELLS) * len(TYPES)
+@pytest.mark.parametrize(("skeleton", "arch"), EVERY)
+def test_every_kernel_keeps_its_budget(skeleton, arch):
+    assert len(kernels(skeleton)[arch]) == 2 * len(CELLS) * len(TYPES)
     over = []
-    for (which, cell, dtype), used in kernels[arch].items():
+    for (which, cell, dtype), used in kernels(skeleton)[arch].items():
         product = "FFMA" if dtype == "float32" else "HMMA"
         wanted = [product, "BAR", "LDS"] + ["LDGSTS"] * (which == "forward")
         # CALL: a slow path of a division or the like; the others: local memory and float atomics.
-        refused = ["LDL", "STL", "CALL", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"]
+        allowed = SPILLED.get((cell, arch), 0) if skeleton != "block" else 0
+        refused = ["CALL", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"]
+        refused += ["LDL", "STL"] * (allowed == 0)
         refused += ["HMMA"] * (dtype == "float32")
+        refused += [name for of in PASSED.values() for name in of if name not in PASSED[skeleton]]
         wrong = [f"no {name}" for name in wanted if not used.count(name)]
         wrong += [name for name in refused if used.count(name)]
-        if used.registers > REGISTERS:
+        for name, times in PASSED[skeleton].items():
+            if (n := used.count(name)) == 0 or (times and n != times):
+                wrong.append(f"{n} {name}")
+        if used.registers > REGISTERS[skeleton]:
             wrong.append(f"{used.registers} registers")
-        if used.stack or used.spilled:
+        if used.stack > allowed or used.spilled > allowed:
             wrong.append(f"{used.stack} bytes of stack, {used.spilled} spilled")
         if wrong:
             over.append(f"{which} {cell} {dtype}: {', '.join(wrong)}")
@@ -62,9 +84,9 @@ def test_every_kernel_keeps_its_budget(kernels, arch):
 
 @needs_nvcc
 @pytest.mark.xdist_group("assembled")
-@pytest.mark.parametrize("arch", assembled.ARCHS)
-def test_weights_in_shared_memory_are_read_16_bytes_at_a_time(kernels, arch):
-    for (_, cell, dtype), used in kernels[arch].items():
+@pytest.mark.parametrize(("skeleton", "arch"), EVERY)
+def test_weights_in_shared_memory_are_read_16_bytes_at_a_time(skeleton, arch):
+    for (_, cell, dtype), used in kernels(skeleton)[arch].items():
         if dtype == "float32" or cell != "RNN_TANH":
             assert used.count("LDS.128"), (cell, dtype)
 
@@ -85,3 +107,46 @@ def test_largest_layer_of_a_block(mode, dtype):
     for arch, expected in zip(("sm_120", "sm_80", "sm_90a"), LARGEST[mode, dtype], strict=True):
         fitting = [h for h in range(257) if emulator.fits(mode, dtype, h, SHARED[arch])]
         assert fitting == list(range(1, expected + 1)), arch
+
+
+# Multiprocessors, and whether there are clusters, of a card of each.
+CARD = {"sm_120": (170, True), "sm_80": (108, False), "sm_90a": (132, True)}
+# Likewise for a cluster's forward, its backward, and a grid that has both.
+LARGEST_SHARED = {
+    ("LSTM", torch.float32): ((256, 0, 352), (176, 0, 288), (240, 416, 592)),
+    ("LSTM", torch.bfloat16): ((512, 0, 672), (480, 0, 576), (1008, 1280, 1664)),
+    ("GRU", torch.float32): ((256, 0, 480), (240, 0, 384), (336, 560, 784)),
+    ("GRU", torch.float16): ((512, 0, 768), (512, 0, 768), (1280, 1728, 2112)),
+    ("RNN_TANH", torch.float32): ((480, 0, 768), (480, 0, 768), (992, 1680, 2112)),
+    ("RNN_RELU", torch.bfloat16): ((1024, 0, 1280), (1024, 0, 1344), (2720, 3200, 4032)),
+}
+
+
+@pytest.mark.parametrize(("mode", "dtype"), LARGEST_SHARED, ids=str)
+def test_largest_layer_of_blocks_that_share_it(mode, dtype):
+    for i, arch in enumerate(CARD):
+        reached: dict[tuple[str, bool], int] = {}
+        for hidden in range(16, 4129, 16):
+            for backward in (False, True):
+                card = (SHARED[arch], *CARD[arch])
+                for plan in emulator.plans(mode, dtype, hidden, backward, card):
+                    assert plan.shared <= SHARED[arch]
+                    assert plan.members <= (16 if plan.skeleton == "cluster" else CARD[arch][0])
+                    assert plan.members * plan.groups * 16 >= hidden
+                    reached[plan.skeleton, backward] = hidden
+        grid = min(reached["grid", False], reached["grid", True])
+        found = (reached.get(("cluster", False), 0), reached.get(("cluster", True), 0), grid)
+        assert found == tuple(of[i] for of in LARGEST_SHARED[mode, dtype]), arch
+
+
+def test_the_order_of_the_skeletons():
+    card = (SHARED["sm_90a"], *CARD["sm_90a"])
+
+    def tried(hidden: int) -> list[str]:
+        plans = emulator.plans("LSTM", torch.bfloat16, hidden, False, card)
+        return list(dict.fromkeys(plan.skeleton for plan in plans))
+
+    assert tried(128) == ["block", "cluster", "grid"]
+    assert tried(512) == ["cluster", "grid"]
+    assert tried(1024) == ["grid"]
+    assert tried(4096) == []

@@ -80,9 +80,9 @@ class Problem:
         saved = (out[0], out[3], out[4])
         return named(out, reference.recurrent_backward(self.grads, *args, saved, self.mode))
 
-    def block(self, seed: int = 0) -> Results:
+    def block(self, seed: int = 0, skeleton: str = "block", groups: int = 1) -> Results:
         args = (self.x, self.batch_sizes, self.h0, self.c0, self.weights)
-        machine = Emulator(seed)
+        machine = Emulator(seed, skeleton, groups)
         out = block.forward(machine.forward, *args, self.mode, True)
         saved = (out[0], out[3], out[4])
         grads = block.backward(machine.backward, self.grads, *args, saved, self.mode, True, True)
@@ -113,6 +113,41 @@ def test_values_against_float64(mode: str, dtype: torch.dtype, shape: dict) -> N
     assert_within_budget(problem.block(), exact, same, dtype)
 
 
+# Two to four blocks share a slice, of 16 or 32 units each, and one to four warps a group of units.
+# As many slices as the emulated device holds run at once; the others follow.
+SHARED = [
+    ({"T": 4, "B": 3, "H": 20}, 1),
+    ({"T": 1, "B": 1, "H": 33, "D": 2, "bias": False}, 1),
+    ({"lengths": (5, *[4] * 7, 3, 1, 1), "H": 60, "D": 2}, 1),
+    ({"lengths": (3, 2), "H": 40, "D": 2}, 2),
+]
+
+
+@pytest.mark.parametrize("shape", SHARED, ids=lambda s: f"H{s[0]['H']}-{s[1]}")
+@pytest.mark.parametrize("skeleton", ["cluster", "grid"])
+@every_dtype
+@every_mode
+def test_values_of_blocks_that_share_a_slice(mode, dtype, skeleton: str, shape) -> None:
+    problem = Problem(mode, dtype, **shape[0])
+    tensors = problem.tensors()
+    exact = problem.replaced(t.double() for t in tensors).reference()
+    same = [problem.replaced(near).reference() for near in neighbours(tensors)]
+    got = problem.block(3, skeleton, shape[1])
+    assert_within_budget(got, exact, same, dtype)
+
+
+@every_mode
+def test_values_of_many_blocks(mode: str) -> None:
+    """Eight warps for each group of units, of which four have cells, and one step of k for most."""
+    problem = Problem(mode, torch.bfloat16, T=3, B=2, H=125)
+    tensors = problem.tensors()
+    exact = problem.replaced(t.double() for t in tensors).reference()
+    same = [problem.replaced(near).reference() for near in neighbours(tensors)]
+    got = problem.block(1, "cluster", 1)
+    assert_within_budget(got, exact, same, torch.bfloat16)
+    assert_equal(problem.block(2, "grid", 1), got)
+
+
 def assert_equal(got: Results, expected: Results) -> None:
     for name, t in expected.items():
         assert torch.equal(got[name], t), name
@@ -129,16 +164,28 @@ def test_any_order_of_threads_gives_the_same_bits(mode: str, dtype: torch.dtype)
 
 @every_dtype
 @every_mode
-def test_a_row_has_the_same_bits_in_any_batch(mode: str, dtype: torch.dtype) -> None:
+def test_any_order_of_blocks_gives_the_same_bits(mode: str, dtype: torch.dtype) -> None:
+    """Whether the values go through a cluster or a grid."""
+    problem = Problem(mode, dtype, lengths=(6, 5, 5, 5, 5, 2, 2, 2, 2, 1), H=35, D=2)
+    expected = problem.block(0, "cluster")
+    for skeleton, seeds in (("cluster", (1, 2)), ("grid", (0, 1, 2))):
+        for seed in seeds:
+            assert_equal(problem.block(seed, skeleton), expected)
+
+
+@pytest.mark.parametrize("skeleton", ["block", "grid"])
+@every_dtype
+@every_mode
+def test_a_row_has_the_same_bits_in_any_batch(mode: str, dtype, skeleton: str) -> None:
     T, B, H = 3, 11, 20
     whole = Problem(mode, dtype, T=T, B=B, H=H, D=2)
-    expected = whole.block()
+    expected = whole.block(0, skeleton)
     for first, last in ((0, 1), (3, 5), (8, 11)):
         rows = slice(first, last)
         part = whole.replaced(
             t[:, rows].contiguous() if t.dim() == 3 else t for t in whole.tensors()
         )
-        got = part.block()
+        got = part.block(0, skeleton)
         for name in ("y", "h_n", "c_n", "dx", "dh0", "dc0"):
             if name in expected:
                 assert torch.equal(got[name], expected[name][:, rows]), (name, rows)
@@ -260,7 +307,9 @@ def test_the_kernels_that_the_ops_have_on_cuda(cuda_ops, dtype, H: int, blocks: 
 def test_a_refused_layer_is_explained(cuda_ops) -> None:
     x = torch.zeros(1, dtype=torch.bfloat16)
     assert block.refusal("LSTM", x, 144, False) is None
-    assert "145 units does not fit" in (block.refusal("LSTM", x, 145, False) or "")
+    assert "145 units does not fit the thread blocks" in (
+        block.refusal("LSTM", x, 145, False) or ""
+    )
     assert "projection" in (block.refusal("LSTM", x, 5, True) or "")
     assert "float64" in (block.refusal("LSTM", x, 5, False, torch.float64) or "")
     on_cuda = partial(

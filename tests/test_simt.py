@@ -26,6 +26,17 @@ KERNELS = [
     "product_of_some",
     "products_apart",
 ]
+OF_TWO_BLOCKS = [
+    "words_awaited",
+    "words_that_never_come",
+    "shared_memory_of_another",
+    "too_few_bytes",
+    "read_too_early",
+    "sent_to_the_ended",
+    "sent_without_a_barrier",
+    "armed_twice",
+    "waited_by_one_block",
+]
 REFUSED = {
     "pass_on_without_barrier": "shared memory",
     "overwrite_what_is_read": "read by another thread since the last barrier",
@@ -39,6 +50,13 @@ REFUSED = {
     "copied_by_another": "shared memory",
     "product_of_some": r"31 threads at the warp instruction toys.cpp:\d+",
     "products_apart": r"warp instruction, while thread \d+ waits at another, toys.cpp:\d+",
+    "words_that_never_come": r"block \(1, 0\) does not go on: 64 threads polling at toys.cpp:\d+",
+    "too_few_bytes": r"block \(1, 0\) does not go on: 64 threads polling at toys.cpp:\d+",
+    "read_too_early": "shared memory into which another block stores",
+    "sent_to_the_ended": "a store into the shared memory of a block that has ended",
+    "sent_without_a_barrier": "a store that is counted by a barrier not set up",
+    "armed_twice": "a barrier armed twice in a phase",
+    "waited_by_one_block": "64 threads at the cluster's barrier toys.cpp",
 }
 
 
@@ -55,7 +73,8 @@ def pointer(t: Tensor) -> ctypes.c_void_p:
 
 def run(kernel: str, seed: int) -> tuple[Tensor, Tensor, str]:
     x, y = torch.randn(64), torch.zeros(64)
-    message = library().toy(KERNELS.index(kernel), pointer(x), pointer(y), seed)
+    which, blocks = (KERNELS + OF_TWO_BLOCKS).index(kernel), 1 + (kernel in OF_TWO_BLOCKS)
+    message = library().toy(which, pointer(x), pointer(y), seed, blocks)
     return x, y, (message or b"").decode()
 
 
@@ -64,9 +83,10 @@ def test_what_is_allowed_is_computed(seed):
     x, y, message = run("pass_on", seed)
     assert not message
     assert torch.equal(y, x.roll(-1))
-    x, y, message = run("copy_with_wait", seed)
-    assert not message
-    assert torch.equal(y, x)
+    for kernel in ("copy_with_wait", "words_awaited", "shared_memory_of_another"):
+        x, y, message = run(kernel, seed)
+        assert not message
+        assert torch.equal(y, x)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

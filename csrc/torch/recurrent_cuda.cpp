@@ -7,6 +7,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -32,6 +35,24 @@ int32_t device_of(const Tensor& h0) {
   return h0.get_device_index();
 }
 
+struct Room {
+  seqkern::cuda::Plan plan;
+  int64_t slices = 0;  // at once; 0 where a device has no room for one
+};
+
+// What a device allows does not change, and asking it takes microseconds.
+Room room_of(Mode mode, Type type, int64_t hidden, bool backward, int32_t device) {
+  static std::mutex lock;
+  static std::map<std::tuple<Mode, Type, int64_t, bool, int32_t>, Room> known;
+  const std::lock_guard<std::mutex> guard(lock);
+  const auto [entry, fresh] = known.try_emplace({mode, type, hidden, backward, device});
+  Room& room = entry->second;
+  if (fresh &&
+      !seqkern::cuda::choose_plan(mode, type, hidden, backward, device, &room.plan, &room.slices))
+    room.slices = 0;
+  return room;
+}
+
 // The checked arguments that forward and backward share, and the tensors that their pointers need.
 struct Call {
   Mode mode;
@@ -39,8 +60,9 @@ struct Call {
   Tensor h0;
   int32_t device;
   int64_t gates, steps = 0, rows = 0;
-  seqkern::cuda::BlockSequence s{};
+  seqkern::cuda::Sequence s{};
   Optional lengths;  // on the device, then the offsets
+  Optional words;
   torch::stable::accelerator::DeviceGuard guard;
 
   Call(const Tensor& h0_, const Optional& c0, const Optional& batch_sizes, int64_t n,
@@ -61,11 +83,17 @@ struct Call {
                     mode == Mode::lstm ? "be given for LSTM" : "be None but for LSTM");
     if (c0) take("c0", *c0, {s.D, s.B, s.H});
     each("w_hh", w_hh, {gates * s.H, s.H});
-    const int64_t limit = seqkern::cuda::block_shared_limit(device);
-    STD_TORCH_CHECK(seqkern::cuda::fits_block(mode, type, s.H, limit), "recurrent_block: H = ", s.H,
-                    " does not fit one block with ", limit, " bytes of shared memory");
-    s.plan = seqkern::cuda::block_plan(mode, type, s.H, backward);
+    const Room room = room_of(mode, type, s.H, backward, device);
+    STD_TORCH_CHECK(room.slices > 0, "recurrent_block: H = ", s.H, " has no room on cuda:", device);
+    s.plan = room.plan, s.slices = room.slices;
     read_sequence(batch_sizes);
+    // A grid's words carry the step in 32 bits, and slices are counted in as many.
+    STD_TORCH_CHECK(s.T < 2147483647 && s.B < 2147483647,
+                    "recurrent_block: T and B must have 31 bits, got ", s.T, " and ", s.B);
+    if (s.plan.words == 0) return;
+    const int64_t jobs = (s.B + seqkern::cuda::kSliceRows - 1) / seqkern::cuda::kSliceRows * s.D;
+    words = new_empty(h0, {s.plan.words * std::min(s.slices, jobs)}, ScalarType::Long);
+    s.words = static_cast<uint64_t*>(words->mutable_data_ptr());
   }
 
   // Of h0's dtype and device, contiguous, and of these sizes.
@@ -142,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Optional b
   STD_TORCH_CHECK(gx.dim() == 2, "recurrent_block: gx must be (N, D*G*H), got ",
                   list(sizes_of(gx)));
   const Call call(h0, c0, batch_sizes, gx.size(0), w_hh, mode, false);
-  const seqkern::cuda::BlockSequence& s = call.s;
+  const seqkern::cuda::Sequence& s = call.s;
   const int64_t width = call.gates * s.H, saved = save ? seqkern::saved_of(call.mode) : 0;
   const bool lstm = call.mode == Mode::lstm;
   STD_TORCH_CHECK(gx.is_cuda() && gx.get_device_index() == call.device &&
@@ -155,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Optional b
   Tensor c_n = lstm ? call.empty({s.D, s.B, s.H}) : call.empty({0});
   Tensor gates = saved ? call.empty({s.D, s.N, saved * s.H}) : call.empty({0});
   Tensor cells = saved && lstm ? call.empty({s.D, s.N, s.H}) : call.empty({0});
-  seqkern::cuda::BlockForward p{};
+  seqkern::cuda::ForwardCall p{};
   p.s = s;
   p.gx = static_cast<const float*>(gx.const_data_ptr());
   p.gx_row = s.D * width, p.gx_direction = width;
@@ -169,8 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Optional b
   p.c_n = lstm ? c_n.mutable_data_ptr() : nullptr;
   p.gates = saved ? gates.mutable_data_ptr() : nullptr;
   p.cells = saved && lstm ? cells.mutable_data_ptr() : nullptr;
-  launched(
-      seqkern::cuda::launch_block_forward(call.mode, call.type, p, call.device, call.stream()));
+  launched(seqkern::cuda::launch_forward(call.mode, call.type, p, call.device, call.stream()));
   return {y, h_n, c_n, gates, cells};
 }
 
@@ -180,12 +207,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Optional dy, Optional dh_n, Optional
                                             std::string mode) {
   STD_TORCH_CHECK(y.dim() == 2, "recurrent_block: y must be (N, D*H), got ", list(sizes_of(y)));
   const Call call(h0, c0, batch_sizes, y.size(0), w_hh, mode, true);
-  const seqkern::cuda::BlockSequence& s = call.s;
+  const seqkern::cuda::Sequence& s = call.s;
   const bool lstm = call.mode == Mode::lstm;
   const int64_t saved = seqkern::saved_of(call.mode), columns = saved ? saved : 1;
   Tensor dg = call.empty({s.D, s.N, columns * s.H}), dh0 = call.empty({s.D, s.B, s.H});
   Tensor dc0 = lstm ? call.empty({s.D, s.B, s.H}) : call.empty({0});
-  seqkern::cuda::BlockBackward p{};
+  seqkern::cuda::BackwardCall p{};
   p.s = s;
   p.h0 = h0.const_data_ptr(), p.c0 = data(c0);
   for (size_t d = 0; d < size_t(s.D); ++d) p.w_hh[d] = w_hh[d].const_data_ptr();
@@ -197,15 +224,29 @@ std::tuple<Tensor, Tensor, Tensor> backward(Optional dy, Optional dh_n, Optional
   if (lstm) p.dc_n = call.take("dc_n", dc_n, {s.D, s.B, s.H});
   p.dg = dg.mutable_data_ptr(), p.dh0 = dh0.mutable_data_ptr();
   p.dc0 = lstm ? dc0.mutable_data_ptr() : nullptr;
-  launched(
-      seqkern::cuda::launch_block_backward(call.mode, call.type, p, call.device, call.stream()));
+  launched(seqkern::cuda::launch_backward(call.mode, call.type, p, call.device, call.stream()));
   return {dg, dh0, dc0};
 }
 
-// Whether a layer of `hidden` units of 16-bit (`half`) or fp32 values fits one block of a device.
+// By which skeletons the forward and the backward of a layer of `hidden` units of 16-bit (`half`)
+// or fp32 values run on a device, such as "cluster of 12, grid of 34"; "" where one of them does
+// not.
+std::string room_in_words(std::string mode, bool half, int64_t hidden, int64_t device) {
+  std::string words;
+  for (const bool backward : {false, true}) {
+    const Type type = half ? Type::bf16 : Type::f32;
+    const Room room = room_of(mode_of(mode), type, hidden, backward, int32_t(device));
+    if (room.slices == 0) return "";
+    const char* names[] = {"block", "cluster", "grid"};
+    words += backward ? ", " : "";
+    words += names[int(room.plan.skeleton)];
+    if (room.plan.members > 1) words += " of " + std::to_string(room.plan.members);
+  }
+  return words;
+}
+
 bool fits(std::string mode, bool half, int64_t hidden, int64_t device) {
-  const int64_t limit = seqkern::cuda::block_shared_limit(int(device));
-  return seqkern::cuda::fits_block(mode_of(mode), half ? Type::bf16 : Type::f32, hidden, limit);
+  return !room_in_words(mode, half, hidden, device).empty();
 }
 
 }  // namespace
@@ -220,10 +261,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqkern, m) {
       " Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor y, Tensor gates, Tensor cells, str mode)"
       " -> (Tensor dg, Tensor dh0, Tensor dc0)");
   m.def("recurrent_block_fits(str mode, bool half, int hidden, int device) -> bool");
+  m.def("recurrent_block_room(str mode, bool half, int hidden, int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) {
   m.impl("recurrent_block_fits", TORCH_BOX(&fits));
+  m.impl("recurrent_block_room", TORCH_BOX(&room_in_words));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CUDA, m) {

@@ -1,5 +1,5 @@
-"""The recurrent ops on CUDA where one thread block holds the layer: the large products in PyTorch,
-all time steps in one launch.
+"""The recurrent ops on CUDA where thread blocks hold W_hh for the whole sequence: the large
+products in PyTorch, all time steps in one launch.
 
 The launches are arguments, so that the same code runs around the kernels on a GPU and around the
 emulated ones in the tests.
@@ -37,15 +37,14 @@ def by_kind(weights: list[Tensor], directions: int) -> BlockWeights:
 def refusal(
     mode: str, x: Tensor, hidden: int, proj: bool, dtype: torch.dtype | None = None
 ) -> str | None:
-    """Why a layer does not run in one block of x's device, in `dtype` or x's own; None where it
-    does."""
+    """Why x's device has no kernel for a layer, in `dtype` or x's own; None where it has one."""
     dtype = dtype or x.dtype
     if proj:
         return "the CUDA kernels have no projection"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the CUDA kernels take float32, bfloat16 and float16, not {dtype}"
     if not fits(mode, dtype != torch.float32, hidden, x.device.index or 0):
-        return f"W_hh of {hidden} units does not fit one thread block of this GPU"
+        return f"W_hh of {hidden} units does not fit the thread blocks that this GPU runs together"
     return None
 
 
@@ -53,6 +52,12 @@ def refusal(
 def fits(mode: str, half: bool, hidden: int, device: int) -> bool:
     """What the device allows does not change, and asking it takes microseconds."""
     return torch.ops.seqkern.recurrent_block_fits(mode, half, hidden, device)
+
+
+def skeletons(mode: str, dtype: torch.dtype, hidden: int, device: int) -> str:
+    """How forward and backward of a layer that fits are spread over a device, in words such as
+    "cluster of 12, grid of 34"."""
+    return torch.ops.seqkern.recurrent_block_room(mode, dtype != torch.float32, hidden, device)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled for each card, and what the assembler and the disassembler say of them.
 
-One front end for all cards (PTX for the oldest) and one assembler each. Kept under build/ by the
-contents of everything that goes in, since a compilation takes half a minute.
+One front end for all cards (PTX for the oldest that has the kernels) and one assembler each. Kept
+under build/ by the contents of everything that goes in, since a compilation takes half a minute.
 """
 
 import fcntl
@@ -41,15 +41,17 @@ class Usage:
         return sum(n for x, n in self.instructions.items() if f"{x}.".startswith(f"{name}."))
 
 
-def usage(source: Path, cuda_home: Path, nvdisasm: Path) -> dict[str, dict[str, Usage]]:
-    """By card and by (mangled) name, every kernel of a .cu file."""
+def usage(
+    source: Path, cuda_home: Path, nvdisasm: Path, archs: tuple[str, ...] = ARCHS
+) -> dict[str, dict[str, Usage]]:
+    """By card and by (mangled) name, every kernel of a .cu file; the oldest card first."""
     folder = BUILD / _digest(source, cuda_home)
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / "usage.json"
     with open(BUILD / "lock", "w") as lock:  # other workers of the same run wait here
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not result.exists():
-            found = _compile(source, cuda_home, nvdisasm, folder)
+            found = _compile(source, cuda_home, nvdisasm, folder, archs)
             result.write_text(json.dumps(found))
     kept = json.loads(result.read_text())
     return {arch: {name: Usage(**u) for name, u in of.items()} for arch, of in kept.items()}
@@ -76,13 +78,13 @@ def _run(*command: object) -> str:
     return done.stdout
 
 
-def _compile(source: Path, cuda_home: Path, nvdisasm: Path, folder: Path):
+def _compile(source: Path, cuda_home: Path, nvdisasm: Path, folder: Path, archs: tuple[str, ...]):
     ptx = folder / "kernels.ptx"
-    flags = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=compute_80"]
+    flags = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", f"-arch=compute_{archs[0][3:5]}"]
     said = _run(cuda_home / "bin/nvcc", *flags, "-ptx", source, "-o", ptx)
     assert "warning" not in said, said
     found = {}
-    for arch in ARCHS:
+    for arch in archs:
         cubin = folder / f"{arch}.cubin"
         log = _run(cuda_home / "bin/ptxas", "-v", f"--gpu-name={arch}", ptx, "-o", cubin)
         codes = _instructions(_run(nvdisasm, "-c", cubin))

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 BUILD = ROOT / "build/simt"
 MODES = list(GATES)
+SKELETONS = ["block", "cluster", "grid"]
 TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
-FLAGS = ["-O2", "-std=c++17", "-fno-strict-aliasing", "-Wall", "-Wextra", "-shared", "-fPIC"]
+FLAGS = ["-O1", "-std=c++17", "-fno-strict-aliasing", "-Wall", "-Wextra", "-shared", "-fPIC"]
 
 
 class _Tensor(ctypes.Structure):
@@ -35,7 +37,19 @@ class _Tensor(ctypes.Structure):
 class _Sizes(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("T", "B", "H", "D", "N", "gx_row", "gx_direction", "seed")
+        for name in [
+            "T",
+            "B",
+            "H",
+            "D",
+            "N",
+            "gx_row",
+            "gx_direction",
+            "seed",
+            "skeleton",
+            "groups",
+            "blocks",
+        ]
     ]
 
 
@@ -65,10 +79,9 @@ def build(source: Path) -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    loaded = build(HERE / "block.cpp")
-    for function in (loaded.block_forward, loaded.block_backward):
+    loaded = build(HERE / "kernels.cpp")
+    for function in (loaded.run_forward, loaded.run_backward):
         function.restype = ctypes.c_char_p
-    loaded.block_shared.restype = ctypes.c_int64
     return loaded
 
 
@@ -76,6 +89,30 @@ def fits(mode: str, dtype: torch.dtype, hidden: int, limit: int) -> bool:
     """Whether forward and backward fit a block with `limit` bytes of shared memory."""
     of = MODES.index(mode), TYPES[dtype]
     return bool(library().block_fits(*of, ctypes.c_int64(hidden), ctypes.c_int64(limit)))
+
+
+class Plan(NamedTuple):
+    """How a layer is spread over a card; `shared` in bytes of a block, `words` of a slice."""
+
+    skeleton: str
+    members: int
+    groups: int
+    splits: int
+    shared: int
+    words: int
+
+
+def plans(
+    mode: str, dtype: torch.dtype, hidden: int, backward: bool, card: tuple[int, int, bool]
+) -> list[Plan]:
+    """The candidates for a card of (bytes of shared memory, multiprocessors, clusters)."""
+    shared, blocks, clusters = card
+    found, out = [], (ctypes.c_int64 * 6)()
+    of = MODES.index(mode), TYPES[dtype], ctypes.c_int64(hidden), int(backward)
+    on = ctypes.c_int64(shared), ctypes.c_int64(blocks), int(clusters)
+    while library().plan_on(*of, *on, len(found), out):
+        found.append(Plan(SKELETONS[out[0]], *out[1:]))
+    return found
 
 
 class Refused(AssertionError):
@@ -88,9 +125,16 @@ def poisoned(like: Tensor, *sizes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Emulator:
-    """The launches of one schedule: threads in turn (seed 0), or in a drawn order."""
+    """The launches of one schedule: threads in turn (seed 0), or in a drawn order.
+
+    skeleton: "block", "cluster" or "grid"; the blocks of the latter two have 16 `groups` units, and
+    as many of a grid as `blocks` run together.
+    """
 
     seed: int = 0
+    skeleton: str = "block"
+    groups: int = 1
+    blocks: int = 8
 
     def forward(
         self,
@@ -116,7 +160,7 @@ class Emulator:
             cells = poisoned(h0, directions, n, hidden)
         rows = ragged_rows(batch_sizes, batch)
         inputs = [*_split(rows, batch), gx, h0, c0, *_pair(w_hh), *_pair(b_ih), *_pair(b_hh)]
-        self._launch("block_forward", mode, h0, n, rows, inputs, [y, h_n, c_n, gates, cells])
+        self._launch("run_forward", mode, h0, n, rows, inputs, [y, h_n, c_n, gates, cells])
         return y, h_n, c_n, gates, cells
 
     def backward(  # noqa: PLR0913 - the arguments of the op
@@ -141,7 +185,7 @@ class Emulator:
         dc0 = h0.new_empty(0) if c0 is None else poisoned(h0, *h0.shape)
         rows = ragged_rows(batch_sizes, batch)
         inputs = [*_split(rows, batch), h0, c0, *_pair(w_hh), y, gates, cells, dy, dh_n, dc_n]
-        self._launch("block_backward", mode, h0, y.size(0), rows, inputs, [dg, dh0, dc0])
+        self._launch("run_backward", mode, h0, y.size(0), rows, inputs, [dg, dh0, dc0])
         return dg, dh0, dc0
 
     def _launch(
@@ -157,7 +201,19 @@ class Emulator:
         directions, batch, hidden = h0.shape
         steps = n // max(batch, 1) if rows is None else rows.numel() - batch
         width = GATES[mode] * hidden
-        sizes = _Sizes(steps, batch, hidden, directions, n, directions * width, width, self.seed)
+        sizes = _Sizes(
+            steps,
+            batch,
+            hidden,
+            directions,
+            n,
+            directions * width,
+            width,
+            self.seed,
+            SKELETONS.index(self.skeleton),
+            self.groups,
+            self.blocks,
+        )
         tensors = [_tensor(t, False) for t in inputs] + [_tensor(t, True) for t in outputs]
         listed = (_Tensor * len(tensors))(*tensors)
         of = MODES.index(mode), TYPES[h0.dtype]

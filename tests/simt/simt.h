@@ -1,11 +1,14 @@
 // An emulator of the part of a GPU that the kernels use, for tests on the CPU: each thread of a
 // block is a fiber; a warp's instructions and a block's barriers make fibers wait for one another.
-// Besides computing, it refuses what a GPU would do in silence:
+// Blocks that are resident together (simt_team.h) take turns. Besides computing, it refuses what a
+// GPU would do in silence:
 //
 // - memory outside the registered ranges, writes to what is read-only;
 // - shared memory read before it was written, or while a copy into it is under way;
 // - shared memory that two threads use, one of them writing, with no barrier between;
-// - barriers and warp instructions that not all threads come to, or at different lines.
+// - barriers and warp instructions that not all threads come to, or at different lines;
+// - shared memory used while another block's store into it may be under way, such stores into a
+//   block that has ended or onto a barrier that is not set up, and waits that nothing can end.
 //
 // Threads run in turn, or in an order drawn from a seed. Included by core/cuda/device.cuh.
 #pragma once
@@ -52,6 +55,7 @@ struct Range {
 
 struct Config {
   int grid_x = 1, grid_y = 1, threads = 32;
+  int together = 1;  // consecutive blocks, x first, that run at the same time
   int64_t shared = 0;
   unsigned seed = 0;  // 0: threads in turn
   std::vector<Range> memory;
@@ -61,7 +65,7 @@ struct Config {
 struct Shadow {
   static constexpr int kMany = -2;
   int writer = -1, write_epoch = -1, reader = -1, read_epoch = -1;
-  bool written = false, copying = false;
+  bool written = false, copying = false, incoming = false;
 };
 
 struct Copy {
@@ -69,7 +73,15 @@ struct Copy {
   const float* from;
 };
 
-enum class Wait { none, barrier, warp, done };
+// A barrier of a block's shared memory that counts bytes.
+struct Counter {
+  int phases = 0;
+  bool armed = false;
+  int64_t bytes = 0;                            // expected less seen
+  std::vector<std::pair<size_t, size_t>> seen;  // of this phase: where and how many
+};
+
+enum class Wait { none, barrier, warp, poll, team, done };
 
 struct Thread {
   ucontext_t context;
@@ -83,10 +95,18 @@ struct Thread {
   std::vector<std::vector<Copy>> groups;  // committed, the oldest first
 };
 
+class Team;
+
 class Block {
  public:
-  Block(const Config& c, int x, int y, unsigned seed)
-      : config(c), x(x), y(y), random_(seed), shuffled_(c.seed != 0), threads_(c.threads) {
+  Block(const Config& c, int number, unsigned seed, Team* team)
+      : config(c),
+        x(number % c.grid_x),
+        y(number / c.grid_x),
+        team(team),
+        random_(seed),
+        shuffled_(c.seed != 0),
+        threads_(c.threads) {
     shared.resize((c.shared + 15) / 16);
     shadow_.resize((c.shared + 1) / 2);
     for (int i = 0; i < c.threads; ++i) threads_[i].index = i;
@@ -94,29 +114,27 @@ class Block {
 
   const Config& config;
   const int x, y;
+  Team* const team;
   struct alignas(16) Quad {
     char bytes[16];
   };
   std::vector<Quad> shared;
+  std::map<size_t, Counter> counters;  // by their place in shared memory
   Thread* current = nullptr;
+  std::string error;
 
+  // `stacks`: those of the team, from `first` on for this block.
   template <class Body>
-  void run(const Body& body) {
-    static std::vector<std::unique_ptr<char[]>> stacks;  // kept between blocks
+  void start(const Body& body, std::vector<std::unique_ptr<char[]>>& stacks, size_t first) {
     body_ = [](const void* f) { (*static_cast<const Body*>(f))(); };
     argument_ = &body;
     for (size_t i = 0; i < threads_.size(); ++i) {
-      if (stacks.size() <= i) stacks.emplace_back(new char[kStack]);
+      if (stacks.size() <= first + i) stacks.emplace_back(new char[kStack]);
       getcontext(&threads_[i].context);
-      threads_[i].context.uc_stack.ss_sp = stacks[i].get();
+      threads_[i].context.uc_stack.ss_sp = stacks[first + i].get();
       threads_[i].context.uc_stack.ss_size = kStack;
       makecontext(&threads_[i].context, enter, 0);
     }
-    running() = this;
-    while (error_.empty() && step_all()) {
-    }
-    running() = nullptr;
-    if (!error_.empty()) throw std::runtime_error(error_);
   }
 
   static Block*& running() {
@@ -131,10 +149,59 @@ class Block {
     throw std::runtime_error(out.str());
   }
 
+  // Every thread that can run, until it waits, or opens the barrier. Whether anything moved: a
+  // thread that polls in vain has not.
+  bool step() {
+    running() = this;
+    std::vector<Thread*> ready;
+    for (Thread& t : threads_)
+      if (t.wait == Wait::none || t.wait == Wait::poll) ready.push_back(&t);
+    if (ready.empty()) return open_barrier();
+    if (shuffled_) std::shuffle(ready.begin(), ready.end(), random_);
+    bool moved = false;
+    for (Thread* t : ready) {
+      if (!error.empty() || (t->wait != Wait::none && t->wait != Wait::poll)) continue;
+      const bool polled = t->wait == Wait::poll;
+      t->wait = Wait::none;
+      resume(*t);
+      moved = moved || !polled || t->wait != Wait::poll;
+    }
+    return moved;
+  }
+
+  bool all(Wait wait) const {
+    for (const Thread& t : threads_)
+      if (t.wait != wait) return false;
+    return true;
+  }
+  void release() {
+    for (Thread& t : threads_) t.wait = Wait::none;
+  }
+
+  // Where the threads are that do not go on.
+  std::string whereabouts() const {
+    std::map<std::string, int> places;
+    for (const Thread& t : threads_) {
+      const char* at[] = {"running ",    "at the barrier ",           "at the warp instruction ",
+                          "polling at ", "at the cluster's barrier ", "at the end"};
+      ++places[at[int(t.wait)] + (t.wait == Wait::done ? "" : t.place.text())];
+    }
+    std::ostringstream out;
+    out << "block (" << x << ", " << y << ") does not go on:";
+    for (const auto& [place, count] : places) out << " " << count << " threads " << place << ";";
+    return out.str();
+  }
+
   // ---- waiting
 
   void barrier(Place at) {
     wait(Wait::barrier, at);
+    ++current->epoch;
+  }
+
+  void poll(Place at) { wait(Wait::poll, at); }
+  void team_barrier(Place at) {
+    wait(Wait::team, at);
     ++current->epoch;
   }
 
@@ -203,6 +270,26 @@ class Block {
       }
   }
 
+  // ---- stores of other blocks
+
+  size_t offset(const void* p) const {
+    return uintptr_t(p) - reinterpret_cast<uintptr_t>(shared.data());
+  }
+  // From now on, until the barrier's phase ends.
+  void expect_store(size_t to, size_t size) {
+    for (size_t i = to / 2; i < (to + size) / 2; ++i) shadow_[i].incoming = true;
+  }
+  void arrive(Counter& counter) {
+    if (!counter.armed || counter.bytes != 0) return;
+    ++counter.phases, counter.armed = false;
+    for (const auto& [to, size] : counter.seen)
+      for (size_t i = to / 2; i < (to + size) / 2; ++i) {
+        shadow_[i] = Shadow();
+        shadow_[i].written = true;
+      }
+    counter.seen.clear();
+  }
+
  private:
   static constexpr size_t kStack = 128 << 10;
 
@@ -211,7 +298,7 @@ class Block {
     try {
       b.body_(b.argument_);
     } catch (const std::exception& e) {
-      b.error_ = e.what();
+      b.error = e.what();
     }
     b.current->wait = Wait::done;
     _longjmp(b.back_, 1);
@@ -232,40 +319,10 @@ class Block {
     }
   }
 
-  // Every thread that can run, until it waits; then opens the barrier. False at the end.
-  bool step_all() {
-    std::vector<Thread*> ready;
-    for (Thread& t : threads_)
-      if (t.wait == Wait::none) ready.push_back(&t);
-    if (ready.empty()) return open_barrier();
-    if (shuffled_) std::shuffle(ready.begin(), ready.end(), random_);
-    for (Thread* t : ready)
-      if (error_.empty() && t->wait == Wait::none) resume(*t);
-    return true;
-  }
-
   bool open_barrier() {
-    size_t waiting = 0, done = 0;
-    bool same = true;
-    for (const Thread& t : threads_) {
-      waiting += t.wait == Wait::barrier;
-      done += t.wait == Wait::done;
-      same = same && (t.wait != Wait::barrier || t.place == threads_[0].place);
-    }
-    if (done == threads_.size()) return false;
-    if (waiting == threads_.size() && same) {
-      for (Thread& t : threads_) t.wait = Wait::none;
-      return true;
-    }
-    std::map<std::string, int> places;
     for (const Thread& t : threads_)
-      ++places[t.wait == Wait::done      ? "at the end"
-               : t.wait == Wait::barrier ? "at the barrier " + t.place.text()
-                                         : "at the warp instruction " + t.place.text()];
-    std::ostringstream out;
-    out << "block (" << x << ", " << y << ") does not go on:";
-    for (const auto& [place, count] : places) out << " " << count << " threads " << place << ";";
-    error_ = out.str();
+      if (t.wait != Wait::barrier || !(t.place == threads_[0].place)) return false;
+    release();
     return true;
   }
 
@@ -282,6 +339,7 @@ class Block {
     const int me = current->index, epoch = current->epoch;
     for (Shadow* s = shadow(reinterpret_cast<void*>(begin)); size > 0; ++s, size -= 2) {
       if (s->copying) fail("shared memory into which a copy is under way", at);
+      if (s->incoming) fail("shared memory into which another block stores", at);
       if (!write && !s->written) fail("shared memory never written", at);
       if (s->write_epoch == epoch && s->writer != me)
         fail("shared memory that thread " + std::to_string(s->writer) +
@@ -305,21 +363,12 @@ class Block {
   jmp_buf back_;
   void (*body_)(const void*) = nullptr;
   const void* argument_ = nullptr;
-  std::string error_;
 };
-
-// Runs body() as every thread of every block, block after block.
-template <class Body>
-void launch(const Config& config, const Body& body) {
-  std::vector<int> order(size_t(config.grid_x) * config.grid_y);
-  for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
-  std::mt19937 random(config.seed);
-  if (config.seed) std::shuffle(order.begin(), order.end(), random);
-  for (int i : order) Block(config, i % config.grid_x, i / config.grid_x, random()).run(body);
-}
 
 inline Block& block() { return *Block::running(); }
 
 }  // namespace simt
+
+#include "simt_team.h"
 
 #include "simt_device.h"

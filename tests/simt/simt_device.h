@@ -30,6 +30,48 @@ void wait_copies() {
   simt::block().wait_copies(kPending);
 }
 
+// ---- memory of other blocks
+
+constexpr bool kHasClusters = true;
+
+inline uint64_t load_word(const uint64_t* p, SIMT_PLACE) {
+  simt::block().check(p, 8, false, SIMT_AT);
+  return *p;
+}
+inline void store_word(uint64_t* p, uint64_t word, SIMT_PLACE) {
+  simt::block().check(p, 8, true, SIMT_AT);
+  simt::block().team->store_word(p, word);
+}
+inline void pause(SIMT_PLACE) { simt::block().poll(SIMT_AT); }
+
+inline void sync_cluster(SIMT_PLACE) { simt::block().team_barrier(SIMT_AT); }
+inline simt::Counter& counter_of(const uint64_t* barrier, simt::Place at) {
+  simt::Block& b = simt::block();
+  const auto found = b.counters.find(b.offset(barrier));
+  if (found == b.counters.end()) b.fail("a barrier that is not set up", at);
+  return found->second;
+}
+inline void barrier_set_up(uint64_t* barrier, SIMT_PLACE) {
+  simt::Block& b = simt::block();
+  b.check(barrier, 8, true, SIMT_AT);
+  b.counters[b.offset(barrier)] = {};
+}
+inline void barrier_expect(uint64_t* barrier, int bytes, SIMT_PLACE) {
+  simt::Counter& counter = counter_of(barrier, SIMT_AT);
+  if (counter.armed) simt::block().fail("a barrier armed twice in a phase", SIMT_AT);
+  counter.armed = true, counter.bytes += bytes;
+  simt::block().arrive(counter);
+}
+inline void barrier_wait(uint64_t* barrier, uint32_t parity, SIMT_PLACE) {
+  const simt::Counter& counter = counter_of(barrier, SIMT_AT);
+  while (uint32_t(counter.phases) % 2 == parity) simt::block().poll(SIMT_AT);
+}
+inline void store_remote(Words4* to, const Words4& value, uint64_t* barrier, int rank, SIMT_PLACE) {
+  simt::Block& b = simt::block();
+  if (rank == b.x) b.fail("a store into the block's own shared memory as another's", SIMT_AT);
+  b.team->store_remote(b, to, value.v, barrier, rank, SIMT_AT);
+}
+
 inline float from_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, 4);

@@ -78,6 +78,80 @@ void products_apart(const float*, float* y) {
   store(y + thread_index(), c[0]);
 }
 
+// ---- two blocks that are resident together: the first passes x on, the second writes y
+
+uint64_t words[kThreads];
+
+void pass_words(const float* x, float* y, uint64_t awaited) {
+  const int i = thread_index();
+  uint64_t word = 0;
+  if (block_x() == 0) {
+    store_word(words + i, uint64_t(1) << 32 | to_bits(load(x + i)));
+    return;
+  }
+  while ((word = load_word(words + i)) >> 32 != awaited) pause();
+  store(y + i, from_bits(uint32_t(word)));
+}
+void words_awaited(const float* x, float* y) { pass_words(x, y, 1); }
+void words_that_never_come(const float* x, float* y) { pass_words(x, y, 2); }
+
+Words4* fours() { return reinterpret_cast<Words4*>(shared_memory()); }
+uint64_t* counter() { return reinterpret_cast<uint64_t*>(floats() + kThreads); }
+
+void set_up(int bytes) {
+  if (thread_index() == 0) barrier_set_up(counter()), barrier_expect(counter(), bytes);
+  sync_cluster();
+}
+void send(const float* x) {
+  const int i = thread_index();
+  if (i >= kThreads / 4) return;
+  Words4 four;
+  for (int j = 0; j < 4; ++j) four.v[j] = to_bits(load(x + 4 * i + j));
+  store_remote(fours() + i, four, counter(), 1);
+}
+void receive(float* y) {
+  barrier_wait(counter(), 0);
+  store(y + thread_index(), load(floats() + thread_index()));
+}
+void shared_memory_of_another(const float* x, float* y) {
+  set_up(kThreads * 4);
+  block_x() == 0 ? send(x) : receive(y);
+}
+void too_few_bytes(const float* x, float* y) {
+  set_up(kThreads * 4 + 16);
+  block_x() == 0 ? send(x) : receive(y);
+}
+void read_too_early(const float* x, float* y) {
+  // More bytes than come before the first block has seen a word: so the phase cannot have ended.
+  set_up(kThreads * 4 + 16);
+  store(floats() + thread_index(), 0.0f);
+  sync_cluster();
+  if (block_x() == 0) {
+    send(x);
+    store_word(words + thread_index(), 1);
+  } else {
+    while (load_word(words + thread_index()) == 0) pause();
+    store(y + thread_index(), load(floats() + thread_index()));
+  }
+}
+void sent_to_the_ended(const float* x, float*) {
+  set_up(kThreads * 4);
+  if (block_x() == 0) send(x);
+}
+void sent_without_a_barrier(const float* x, float* y) {
+  if (block_x() == 0) return send(x);
+  sync_threads();
+  store(y + thread_index(), 0.0f);
+  for (int i = 0; i < 9; ++i) sync_threads();
+}
+void armed_twice(const float*, float*) {
+  set_up(64);
+  if (thread_index() == 0) barrier_expect(counter(), 64);
+}
+void waited_by_one_block(const float*, float*) {
+  if (block_x() == 0) sync_cluster();
+}
+
 using Kernel = void (*)(const float*, float*);
 constexpr Kernel kKernels[] = {
     pass_on,
@@ -94,17 +168,31 @@ constexpr Kernel kKernels[] = {
     copied_by_another,
     product_of_some,
     products_apart,
+    words_awaited,
+    words_that_never_come,
+    shared_memory_of_another,
+    too_few_bytes,
+    read_too_early,
+    sent_to_the_ended,
+    sent_without_a_barrier,
+    armed_twice,
+    waited_by_one_block,
 };
 
 }  // namespace
 
-// Kernel number `which` on x and y of 64 values. Null, or what the emulator refused.
-extern "C" const char* toy(int which, const float* x, float* y, unsigned seed) {
+// Kernel number `which` on x and y of 64 values, in one block or in two. Null, or what the emulator
+// refused.
+extern "C" const char* toy(int which, const float* x, float* y, unsigned seed, int blocks) {
   static std::string message;
   simt::Config c;
-  c.threads = kThreads, c.shared = kThreads * sizeof(float), c.seed = seed;
+  c.grid_x = c.together = blocks;
+  c.threads = kThreads, c.seed = seed;
+  c.shared = kThreads * sizeof(float) + (blocks > 1) * sizeof(uint64_t);
+  memset(words, 0, sizeof words);
   c.memory = {{uintptr_t(x), uintptr_t(x + kThreads), false},
-              {uintptr_t(y), uintptr_t(y + kThreads), true}};
+              {uintptr_t(y), uintptr_t(y + kThreads), true},
+              {uintptr_t(words), uintptr_t(words + kThreads), true}};
   try {
     simt::launch(c, [&] { kKernels[which](x, y); });
     return nullptr;

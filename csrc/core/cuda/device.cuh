@@ -1,6 +1,7 @@
-// What kernels ask of the machine: indices, barriers, asynchronous copies, products of matrices,
-// conversions. nvcc compiles this to instructions; any other compiler gets the same functions from
-// an emulator (simt.h, on the include path of the tests), so that the text of a kernel is one.
+// What kernels ask of the machine: indices, barriers, asynchronous copies, the memory of other
+// blocks, products of matrices, conversions. nvcc compiles this to instructions; any other compiler
+// gets the same functions from an emulator (simt.h, on the include path of the tests), so that the
+// text of a kernel is one.
 #pragma once
 #include <cstdint>
 
@@ -82,6 +83,71 @@ SK_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Words of global memory that other blocks write and read meanwhile: each whole, in no order.
+SK_DEVICE uint64_t load_word(const uint64_t* p) {
+  uint64_t word;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(p) : "memory");
+  return word;
+}
+SK_DEVICE void store_word(uint64_t* p, uint64_t word) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(word) : "memory");
+}
+// Between two looks at what another block writes.
+SK_DEVICE void pause() {}
+
+// Clusters of blocks, along x: from compute capability 9.0 on.
+#if __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+#else
+constexpr bool kHasClusters = false;
+#endif
+
+SK_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// All threads of the cluster. What they wrote before it is seen after it.
+SK_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// A barrier in the block's shared memory, of phases that end when one barrier_expect and all bytes
+// that it names were seen. By one thread, before a sync_cluster().
+SK_DEVICE void barrier_set_up(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+SK_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+// Until the phase of this parity has ended; phases count from 0.
+SK_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t ended = 0;
+  while (!ended)
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(ended)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+}
+// Stores into the shared memory of another block of the cluster, at this block's addresses: `value`
+// at `to`, then 16 bytes are seen by `barrier`.
+SK_DEVICE void store_remote(Words4* to, const Words4& value, uint64_t* barrier, int block) {
+  uint32_t there, counted;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(counted)
+      : "r"(shared_address(barrier)), "r"(block));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+      "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+      "r"(value.v[0]), "r"(value.v[1]), "r"(value.v[2]), "r"(value.v[3]), "r"(counted)
+      : "memory");
 }
 
 SK_DEVICE float to_float(float x) { return x; }

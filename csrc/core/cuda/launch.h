@@ -1,18 +1,18 @@
 // What a binding calls of the CUDA kernels, without CUDA's own headers.
 #pragma once
-#include "core/cuda/block.h"
+#include "core/cuda/plan.h"
 
 namespace seqkern::cuda {
 
-// Queue all steps on `stream` (a cudaStream_t) of `device`, which is to be the current one. Sizes
-// and pointers are the caller's to check, `s.plan` is block_plan's of the same arguments. Null, or
-// what went wrong.
-const char* launch_block_forward(Mode mode, Type type, const BlockForward& p, int device,
-                                 void* stream);
-const char* launch_block_backward(Mode mode, Type type, const BlockBackward& p, int device,
-                                  void* stream);
+// The first of the candidates of which `device` says that it can run all blocks of a slice at the
+// same time, and how many slices it runs at once. False where there is none.
+bool choose_plan(Mode mode, Type type, int64_t H, bool backward, int device, Plan* plan,
+                 int64_t* slices);
 
-// Bytes of shared memory that a block may have on this device; 0 where it cannot be asked.
-int64_t block_shared_limit(int device);
+// Queue all steps on `stream` (a cudaStream_t) of `device`, which is to be the current one. Sizes
+// and pointers are the caller's to check, `s.plan` and `s.slices` are choose_plan's of the same
+// arguments. Null, or what went wrong.
+const char* launch_forward(Mode mode, Type type, const ForwardCall& p, int device, void* stream);
+const char* launch_backward(Mode mode, Type type, const BackwardCall& p, int device, void* stream);
 
 }  // namespace seqkern::cuda

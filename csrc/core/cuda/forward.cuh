@@ -1,8 +1,9 @@
-// The forward of one direction and one slice of the batch, all steps in one block.
+// The forward of one direction and one slice of the batch, all steps.
 #pragma once
-#include "core/cuda/block_product.cuh"
-#include "core/cuda/block_slice.cuh"
 #include "core/cuda/cells.cuh"
+#include "core/cuda/exchange.cuh"
+#include "core/cuda/product.cuh"
+#include "core/cuda/slice.cuh"
 
 namespace seqkern::cuda {
 
@@ -18,26 +19,28 @@ struct ProjectionRing {
   }
 };
 
-template <Mode M, class S>
-struct BlockForwardPass {
+// X: how the blocks that share the slice exchange h.
+template <Mode M, class S, class X>
+struct ForwardPass {
   using K = Cell<M>;
   static constexpr int G = K::kGates;
 
-  const BlockForward& p;
-  const Slice me;
+  const ForwardCall& p;
+  const Slice<X::kParts> me;
   const ProjectionRing<G> ring;
-  S* const states;  // two copies of h, (kSliceRows, row) each
+  S* const states;  // copies of h, (kSliceRows, row) each
   float h[4], c[4], bias[2][K::kColumns];
 
-  SK_DEVICE BlockForwardPass(const BlockForward& p_, char* shared)
+  SK_DEVICE ForwardPass(const ForwardCall& p_, char* shared)
       : p(p_),
         me(p_.s),
-        ring{reinterpret_cast<float*>(shared + p_.s.plan.weights + p_.s.plan.states) +
-                 device::thread_index(),
-             device::thread_count()},
+        ring{reinterpret_cast<float*>(shared + p_.s.plan.weights + p_.s.plan.states) + me.place(),
+             me.places()},
         states(reinterpret_cast<S*>(shared + p_.s.plan.weights)) {}
 
-  SK_DEVICE S* copy(int64_t step) const { return states + (step & 1) * kSliceRows * p.s.plan.row; }
+  SK_DEVICE S* copy(int64_t step) const {
+    return states + step % X::kCopies * kSliceRows * p.s.plan.row;
+  }
 
   SK_DEVICE void prepare() {
     clear_states(states, p.s.plan);
@@ -46,27 +49,40 @@ struct BlockForwardPass {
       float b_ih[G], b_hh[G];
       SK_UNROLL
       for (int q = 0; q < G; ++q) {
-        b_ih[q] = me.bias<S>(p.b_ih[me.d], q, i);
-        b_hh[q] = me.bias<S>(p.b_hh[me.d], q, i);
+        b_ih[q] = me.template bias<S>(p.b_ih[me.d], q, i);
+        b_hh[q] = me.template bias<S>(p.b_hh[me.d], q, i);
       }
       K::join_bias(b_ih, b_hh, bias[i]);
     }
     SK_UNROLL
     for (int e = 0; e < 4; ++e) {
-      h[e] = me.state<S>(p.h0, e);
-      c[e] = K::kHasC ? me.state<S>(p.c0, e) : 0.0f;
+      h[e] = me.template state<S>(p.h0, e);
+      c[e] = K::kHasC ? me.template state<S>(p.c0, e) : 0.0f;
     }
     for (int64_t step = 0; step < kStages; ++step) prefetch(step);
     device::sync_threads();  // the copies of h are zero everywhere before the first values
-    SK_UNROLL
-    for (int e = 0; e < 4; ++e) put(copy(0), e);
+    if (X::kParts)
+      put_all();
+    else
+      SK_UNROLL for (int e = 0; e < 4; ++e) put(copy(0), e);
     device::sync_threads();
+  }
+
+  // h0 of all units, which nobody has to pass on.
+  SK_DEVICE void put_all() const {
+    const int64_t H = p.s.H;
+    SK_NO_UNROLL
+    for (int row = 0; row < kSliceRows && me.first + row < p.s.B; ++row) {
+      const S* const from = static_cast<const S*>(p.h0) + (me.d * p.s.B + me.first + row) * H;
+      for (int unit = device::thread_index(); unit < H; unit += device::thread_count())
+        device::store(copy(0) + row * p.s.plan.row + unit, device::load(from + unit));
+    }
   }
 
   SK_DEVICE void put(S* to, int e) const {
     S value;
     device::from_float(value, h[e]);
-    if (me.unit(e) < p.s.H) device::store(to + me.local_row(e) * p.s.plan.row + me.unit(e), value);
+    if (me.mine(e)) device::store(to + me.local_row(e) * p.s.plan.row + me.unit(e), value);
   }
 
   // One group of copies for each step, also where there is nothing to copy: the waits count groups.
@@ -85,11 +101,12 @@ struct BlockForwardPass {
     device::commit_copies();
   }
 
-  SK_DEVICE void run(const Product<S, G, false>& product) {
+  SK_DEVICE void run(const Product<S, G, false, X::kParts>& product, const X& exchange) {
     for (int64_t step = 0; step < me.steps; ++step) {
       const int64_t t = me.time(step);
       float gx[G][4], gh[G][4];
       product.run(copy(step), gh);
+      if constexpr (X::kParts) add_partials<G>(me, partials(), gh);
       // Only now, so that the projections take no registers during the product.
       device::wait_copies<kStages - 1>();
       SK_UNROLL
@@ -105,12 +122,19 @@ struct BlockForwardPass {
         put(copy(step + 1), e);
       }
       device::sync_threads();
+      if constexpr (X::kParts)
+        if (step + 1 < me.steps) exchange.template pass<S, 1>(copy(step + 1), step + 1);
     }
     SK_UNROLL
     for (int e = 0; e < 4; ++e) {
-      me.put_state<S>(p.h_n, e, h[e]);
-      if (K::kHasC) me.put_state<S>(p.c_n, e, c[e]);
+      me.template put_state<S>(p.h_n, e, h[e]);
+      if (K::kHasC) me.template put_state<S>(p.c_n, e, c[e]);
     }
+  }
+
+  SK_DEVICE float* partials() const {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(states) + p.s.plan.states +
+                                    p.s.plan.ring);
   }
 
   SK_DEVICE void advance(int64_t t, int e, const float (&gx)[G][4], const float (&gh)[G][4]) {
@@ -133,15 +157,19 @@ struct BlockForwardPass {
   }
 };
 
-template <Mode M, class S>
-SK_KERNEL(kMaxWarps * 32)
-block_forward(const BlockForward p) {
-  char* const shared = device::shared_memory();
-  const int d = device::block_y();
-  BlockForwardPass<M, S> pass(p, shared);
-  const Product<S, Cell<M>::kGates, false> product(p.s.plan, p.w_hh[d], p.s.H, shared);
-  pass.prepare();
-  pass.run(product);
+template <Mode M, class S, class X>
+SK_KERNEL(X::kWarps * 32)
+recurrent_forward(const ForwardCall p) {
+  if constexpr (X::kExists) {
+    char* const shared = device::shared_memory();
+    const int d = direction_of<X::kParts>(p.s);
+    const Product<S, Cell<M>::kGates, false, X::kParts> product(p.s.plan, p.w_hh[d], p.s.H, shared);
+    const X exchange(p.s, shared);
+    ForwardPass<M, S, X> pass(p, shared);
+    exchange.template prepare<S, 1>();
+    pass.prepare();
+    pass.run(product, exchange);
+  }
 }
 
 }  // namespace seqkern::cuda

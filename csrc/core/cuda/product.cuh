@@ -1,4 +1,5 @@
-// The products with W_hh of one warp: 16 hidden units, the 8 rows of the slice, each gate.
+// The products with W_hh of one warp: 16 hidden units, the 8 rows of the slice, each gate; over all
+// of k, or over its part of it where several warps share the units.
 //
 // Lane 4 u + r of a warp holds, in every array of four, the units u and u + 8 for the rows 2 r and
 // 2 r + 1: [0] (u, 2r), [1] (u, 2r + 1), [2] (u + 8, 2r), [3] (u + 8, 2r + 1). That is how PTX lays
@@ -7,20 +8,31 @@
 //
 // Forward: sums[q] = W_hh[q] h, k over the units. Backward (kTransposed): sums[q] = W_hh[q]^T
 // dg[q], whose total over q is the gradient of h. The terms of a sum are added in the order of k,
-// for every row alike, whatever the batch.
+// and the parts of k in theirs, for every row alike, whatever the batch.
 #pragma once
-#include "core/cuda/block.h"
 #include "core/cuda/device.cuh"
+#include "core/cuda/plan.h"
 
 namespace seqkern::cuda {
 
 struct Lane {
-  int warp, lane, unit, row;  // unit and row: of the slice, of element [0]
+  int lane, group, split;  // the warp's units, and which part of k it takes
+  int unit, row;           // of the layer and of the slice, of element [0]
+  int tile, tiles;         // that part: the first of its steps of 16 k, and how many
 };
 
-SK_DEVICE Lane this_lane() {
-  const int thread = device::thread_index(), lane = thread % 32;
-  return {thread / 32, lane, thread / 32 * kWarpUnits + lane / 4, lane % 4 * 2};
+// kParts: several blocks share a slice, and several warps a group of units.
+template <bool kParts>
+SK_DEVICE Lane this_lane(const Plan& plan) {
+  const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
+  Lane me{lane, warp, 0, warp * kWarpUnits + lane / 4, lane % 4 * 2, 0, plan.depth / kTile};
+  if (kParts) {
+    me.group = warp % plan.groups, me.split = warp / plan.groups;
+    me.unit = (device::block_x() * plan.groups + me.group) * kWarpUnits + lane / 4;
+    me.tile = me.split * me.tiles / plan.splits;
+    me.tiles = (me.split + 1) * me.tiles / plan.splits - me.tile;
+  }
+  return me;
 }
 
 // The weight between output `unit` and input k of gate q; 0 beyond the matrix.
@@ -35,24 +47,30 @@ SK_DEVICE S weight(const void* w, int64_t H, int q, int64_t unit, int64_t k) {
 
 // 16-bit matrices through the tensor cores. The first kHeld tiles of k stay in registers; the
 // others in shared memory, in the order in which the lanes read them, 16 bytes at a time.
-template <class S, int G, bool kTransposed>
+template <class S, int G, bool kTransposed, bool kParts>
 struct Product {
-  static constexpr int kHeld = held_tiles(G, kTransposed);
+  static constexpr int kHeld = held_tiles(G, kTransposed, !kParts);
 
   uint32_t held[kHeld][G][4];
   device::Words4* rest;
   int tiles, depth, row;
   Lane me;
 
-  SK_DEVICE Product(const BlockPlan& plan, const void* w, int64_t H, char* shared)
-      : tiles(plan.depth / kTile), depth(plan.depth), row(plan.row), me(this_lane()) {
-    const int64_t fragments = tiles > kHeld ? (tiles - kHeld) * G : 0;
-    rest = reinterpret_cast<device::Words4*>(shared) + me.warp * fragments * 32 + me.lane;
+  SK_DEVICE Product(const Plan& plan, const void* w, int64_t H, char* shared)
+      : depth(plan.depth), row(plan.row), me(this_lane<kParts>(plan)) {
+    tiles = me.tiles;
+    const int most = kParts ? (depth / kTile + plan.splits - 1) / plan.splits : tiles;
+    const int64_t fragments = most > kHeld ? (most - kHeld) * G : 0;
+    const int warp = kParts ? me.split * plan.groups + me.group : me.group;
+    rest = reinterpret_cast<device::Words4*>(shared) + warp * fragments * 32 + me.lane;
     SK_UNROLL
     for (int tile = 0; tile < kHeld; ++tile) {
+      const int at =
+          kParts ? unforeseen(tile, reinterpret_cast<int*>(shared + plan.weights)) : tile;
       SK_UNROLL
-      for (int q = 0; q < G; ++q) fragment(w, H, q, tile, held[tile][q]);
+      for (int q = 0; q < G; ++q) fragment(w, H, q, at, held[tile][q]);
     }
+    if (kParts) device::sync_threads();
     SK_NO_UNROLL
     for (int tile = kHeld; tile < tiles; ++tile) {
       SK_NO_UNROLL
@@ -64,8 +82,18 @@ struct Product {
     }
   }
 
+  // The number of the next tile by way of shared memory: the compiler, which unrolls the loop,
+  // would else compute the addresses of all tiles beforehand, in registers that spill. The memory
+  // is that of the states, which are not there yet.
+  static SK_DEVICE int unforeseen(int tile, int* slot) {
+    device::sync_threads();
+    if (device::thread_index() == 0) device::store(slot, tile);
+    device::sync_threads();
+    return device::load(slot);
+  }
+
   SK_DEVICE void fragment(const void* w, int64_t H, int q, int tile, uint32_t (&a)[4]) const {
-    const int64_t k = tile * kTile + me.row;
+    const int64_t k = (me.tile + tile) * kTile + me.row;
     a[0] = pair(w, H, q, me.unit, k);
     a[1] = pair(w, H, q, me.unit + 8, k);
     a[2] = pair(w, H, q, me.unit, k + 8);
@@ -80,7 +108,7 @@ struct Product {
 
   // `b`: the rows of h, or of dg with the gates side by side, `depth` apart.
   SK_DEVICE void run(const S* b, float (&sums)[G][4]) const {
-    const S* mine = b + me.lane / 4 * row + me.row;
+    const S* mine = b + me.lane / 4 * row + me.tile * kTile + me.row;
     SK_UNROLL
     for (int q = 0; q < G; ++q) {
       SK_UNROLL
@@ -118,35 +146,34 @@ struct Product {
 
 // fp32 by fused multiply-adds, all weights in shared memory: for each warp and gate, four k of
 // the 16 units side by side.
-template <int G, bool kTransposed>
-struct Product<float, G, kTransposed> {
+template <int G, bool kTransposed, bool kParts>
+struct Product<float, G, kTransposed, kParts> {
   const device::Floats4* weights;
-  int depth, row;
+  int depth, row, quads, first;  // of four k: of this warp, and where those begin
   Lane me;
 
-  SK_DEVICE Product(const BlockPlan& plan, const void* w, int64_t H, char* shared)
-      : depth(plan.depth), row(plan.row), me(this_lane()) {
-    const int quads = depth / 4;
-    device::Floats4* mine =
-        reinterpret_cast<device::Floats4*>(shared) + int64_t(me.warp) * G * quads * kWarpUnits;
+  SK_DEVICE Product(const Plan& plan, const void* w, int64_t H, char* shared)
+      : depth(plan.depth), row(plan.row), me(this_lane<kParts>(plan)) {
+    quads = kParts ? me.tiles * 4 : depth / 4, first = me.tile * 4;
+    device::Floats4* mine = reinterpret_cast<device::Floats4*>(shared) +
+                            G * kWarpUnits * (int64_t(me.group) * (depth / 4) + first);
     SK_NO_UNROLL
     for (int i = me.lane; i < G * quads * kWarpUnits; i += 32) {
-      const int unit = i % kWarpUnits, k = i / kWarpUnits % quads * 4;
+      const int unit = i % kWarpUnits, k = (first + i / kWarpUnits % quads) * 4;
       device::Floats4 four;
       SK_UNROLL
       for (int j = 0; j < 4; ++j)
         four.v[j] = weight<float, kTransposed>(w, H, i / kWarpUnits / quads,
-                                               me.warp * kWarpUnits + unit, k + j);
+                                               me.unit - me.lane / 4 + unit, k + j);
       device::store(mine + i, four);
     }
     weights = mine + me.lane / 4;
   }
 
   SK_DEVICE void run(const float* b, float (&sums)[G][4]) const {
-    const int quads = depth / 4;
     const device::Floats4* rows[2] = {
-        reinterpret_cast<const device::Floats4*>(b + me.row * row),
-        reinterpret_cast<const device::Floats4*>(b + (me.row + 1) * row)};
+        reinterpret_cast<const device::Floats4*>(b + me.row * row) + first,
+        reinterpret_cast<const device::Floats4*>(b + (me.row + 1) * row) + first};
     SK_UNROLL
     for (int q = 0; q < G; ++q) {
       SK_UNROLL
@@ -159,7 +186,7 @@ struct Product<float, G, kTransposed> {
       for (int q = 0; q < G; ++q) {
         if (q == 0 || kTransposed)
           for (int r = 0; r < 2; ++r)
-            x[r] = device::load(rows[r] + (kTransposed ? q * quads : 0) + k);
+            x[r] = device::load(rows[r] + (kTransposed ? q * (depth / 4) : 0) + k);
         add_quad(device::load(weights + (q * quads + k) * kWarpUnits),
                  device::load(weights + (q * quads + k) * kWarpUnits + 8), x, sums[q]);
       }

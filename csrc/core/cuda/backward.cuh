@@ -1,15 +1,17 @@
-// The backward of one direction and one slice of the batch, all steps in one block, in the opposite
-// order of the forward. It finds the gradients of the pre-activations, dg, and those of the initial
+// The backward of one direction and one slice of the batch, all steps, in the opposite order of the
+// forward. It finds the gradients of the pre-activations, dg, and those of the initial
 // states; dx, dW and db are products and sums over the rows of dg afterwards.
 #pragma once
-#include "core/cuda/block_product.cuh"
-#include "core/cuda/block_slice.cuh"
 #include "core/cuda/cells.cuh"
+#include "core/cuda/exchange.cuh"
+#include "core/cuda/product.cuh"
+#include "core/cuda/slice.cuh"
 
 namespace seqkern::cuda {
 
-template <Mode M, class S>
-struct BlockBackwardPass {
+// X: how the blocks that share the slice exchange dg.
+template <Mode M, class S, class X>
+struct BackwardPass {
   using K = Cell<M>;
   static constexpr int G = K::kGates;
 
@@ -18,15 +20,17 @@ struct BlockBackwardPass {
     S gates[4], c, c_prev, h_prev, y, dy;
   };
 
-  const BlockBackward& p;
-  const Slice me;
-  S* const states;  // two copies of dg, (kSliceRows, row) each, the gates `depth` apart
+  const BackwardCall& p;
+  const Slice<X::kParts> me;
+  S* const states;  // copies of dg, (kSliceRows, row) each, the gates `depth` apart
   float dh[4], dc[4];
 
-  SK_DEVICE BlockBackwardPass(const BlockBackward& p_, char* shared)
+  SK_DEVICE BackwardPass(const BackwardCall& p_, char* shared)
       : p(p_), me(p_.s), states(reinterpret_cast<S*>(shared + p_.s.plan.weights)) {}
 
-  SK_DEVICE S* copy(int64_t step) const { return states + (step & 1) * kSliceRows * p.s.plan.row; }
+  SK_DEVICE S* copy(int64_t step) const {
+    return states + step % X::kCopies * kSliceRows * p.s.plan.row;
+  }
 
   // The step of the forward that the backward comes to as `step`.
   SK_DEVICE int64_t time(int64_t step) const { return me.time(me.steps - 1 - step); }
@@ -69,41 +73,63 @@ struct BlockBackwardPass {
     clear_states(states, p.s.plan);
     SK_UNROLL
     for (int e = 0; e < 4; ++e) {
-      dh[e] = me.state<S>(p.dh_n, e);
-      dc[e] = K::kHasC ? me.state<S>(p.dc_n, e) : 0.0f;
+      dh[e] = me.template state<S>(p.dh_n, e);
+      dc[e] = K::kHasC ? me.template state<S>(p.dc_n, e) : 0.0f;
     }
     device::sync_threads();
   }
 
   // dh += W_hh^T dg of the step before; dead rows have dg = 0 and keep what they had.
-  SK_DEVICE void recur(const Product<S, G, true>& product, int64_t step) {
+  SK_DEVICE void recur(const Product<S, G, true, X::kParts>& product, int64_t step) {
     float sums[G][4];
     product.run(copy(step), sums);
-    SK_UNROLL
-    for (int e = 0; e < 4; ++e) {
+    if constexpr (X::kParts) {
+      float total[1][4] = {};
       SK_UNROLL
-      for (int q = 0; q < G; ++q) dh[e] += sums[q][e];
+      for (int e = 0; e < 4; ++e) {
+        SK_UNROLL
+        for (int q = 0; q < G; ++q) total[0][e] += sums[q][e];
+      }
+      char* const partials = reinterpret_cast<char*>(states) + p.s.plan.states;
+      add_partials<1>(me, reinterpret_cast<float*>(partials), total);
+      SK_UNROLL
+      for (int e = 0; e < 4; ++e) dh[e] += total[0][e];
+    } else {
+      SK_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        SK_UNROLL
+        for (int q = 0; q < G; ++q) dh[e] += sums[q][e];
+      }
     }
   }
 
-  SK_DEVICE void run(const Product<S, G, true>& product) {
+  SK_DEVICE void run(const Product<S, G, true, X::kParts>& product, const X& exchange) {
     Kept next[4];
     fetch(0, next);
     for (int64_t step = 0; step < me.steps; ++step) {
-      Kept now[4];
-      SK_UNROLL
-      for (int e = 0; e < 4; ++e) now[e] = next[e];
-      fetch(step + 1, next);
-      if (step > 0) recur(product, step);
-      SK_UNROLL
-      for (int e = 0; e < 4; ++e) retreat(time(step), e, now[e], copy(step + 1));
+      if constexpr (X::kParts) {
+        // The exchange takes longer than memory does, so that one step's values are enough.
+        if (step > 0) recur(product, step);
+        SK_UNROLL
+        for (int e = 0; e < 4; ++e) retreat(time(step), e, next[e], copy(step + 1));
+        fetch(step + 1, next);
+      } else {
+        Kept now[4];
+        SK_UNROLL
+        for (int e = 0; e < 4; ++e) now[e] = next[e];
+        fetch(step + 1, next);
+        if (step > 0) recur(product, step);
+        SK_UNROLL
+        for (int e = 0; e < 4; ++e) retreat(time(step), e, now[e], copy(step + 1));
+      }
       device::sync_threads();
+      if constexpr (X::kParts) exchange.template pass<S, G>(copy(step + 1), step + 1);
     }
     recur(product, me.steps);
     SK_UNROLL
     for (int e = 0; e < 4; ++e) {
-      me.put_state<S>(p.dh0, e, dh[e]);
-      if (K::kHasC) me.put_state<S>(p.dc0, e, dc[e]);
+      me.template put_state<S>(p.dh0, e, dh[e]);
+      if (K::kHasC) me.template put_state<S>(p.dc0, e, dc[e]);
     }
   }
 
@@ -122,7 +148,7 @@ struct BlockBackwardPass {
         device::store(static_cast<S*>(p.dg) + (at * K::kColumns + q) * H + me.unit(e), value);
       SK_UNROLL
       for (int gate = 0; gate < G; ++gate)
-        if (K::column(gate) == q && me.unit(e) < H)
+        if (K::column(gate) == q && me.mine(e))
           device::store(to + me.local_row(e) * p.s.plan.row + gate * p.s.plan.depth + me.unit(e),
                         value);
     }
@@ -144,15 +170,19 @@ struct BlockBackwardPass {
   }
 };
 
-template <Mode M, class S>
-SK_KERNEL(kMaxWarps * 32)
-block_backward(const BlockBackward p) {
-  char* const shared = device::shared_memory();
-  const int d = device::block_y();
-  BlockBackwardPass<M, S> pass(p, shared);
-  const Product<S, Cell<M>::kGates, true> product(p.s.plan, p.w_hh[d], p.s.H, shared);
-  pass.prepare();
-  pass.run(product);
+template <Mode M, class S, class X>
+SK_KERNEL(X::kWarps * 32)
+recurrent_backward(const BackwardCall p) {
+  if constexpr (X::kExists) {
+    char* const shared = device::shared_memory();
+    const int d = direction_of<X::kParts>(p.s);
+    const Product<S, Cell<M>::kGates, true, X::kParts> product(p.s.plan, p.w_hh[d], p.s.H, shared);
+    const X exchange(p.s, shared);
+    BackwardPass<M, S, X> pass(p, shared);
+    exchange.template prepare<S, Cell<M>::kGates>();
+    pass.prepare();
+    pass.run(product, exchange);
+  }
 }
 
 }  // namespace seqkern::cuda

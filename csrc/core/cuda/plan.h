@@ -1,0 +1,165 @@
+// Recurrent layers on CUDA, all time steps in one launch: how a layer is spread over thread blocks,
+// what that needs of the device, and the arguments of a launch. Included by nvcc and by the C++
+// compiler.
+//
+// A slice of the batch and one direction is the work of one block, or of several that split the
+// hidden units and pass h on (dg in the backward) after every step. A warp owns 16 units for the
+// whole sequence, or shares them with other warps that each take a part of k. W_hh stays in
+// registers and shared memory over all steps, which bounds H.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "core/recurrent.h"
+
+namespace seqkern::cuda {
+
+constexpr int kSliceRows = 8;  // rows of the batch in a block: the columns of one product
+constexpr int kWarpUnits = 16;
+constexpr int kStages = 2;  // steps whose input projections are under way at once
+constexpr int kTile = 16;   // of k, in a product of 16-bit matrices
+
+// Warps of a block that has a slice to itself, so that each thread may have 168 registers, and of
+// one that shares it, for 255: those that a thread needs besides weights are many, and fewer
+// threads leave more for weights.
+constexpr int kMaxWarps = 12, kTeamWarps = 8;
+constexpr int kMaxCluster = 16;  // blocks
+
+// How the blocks of a slice pass values on: not at all, through each other's shared memory, or
+// through words in global memory.
+enum class Skeleton : int { block = 0, cluster = 1, grid = 2 };
+
+// Tiles of k whose weights stay in registers, for each of `gates` products of 16-bit matrices: what
+// the other values of a step leave, or all that an Elman cell may need of one block.
+constexpr int held_tiles(int gates, bool backward, bool alone) {
+  if (alone) return gates == 4 ? (backward ? 3 : 4) : gates == 3 ? (backward ? 4 : 5) : kMaxWarps;
+  return gates == 4 ? (backward ? 6 : 7) : gates == 3 ? (backward ? 8 : 9) : 24;
+}
+
+struct Plan {
+  Skeleton skeleton = Skeleton::block;
+  int32_t members = 1;   // blocks that share a slice
+  int32_t groups = 0;    // of 16 units in a block
+  int32_t units = 0;     // of a block
+  int32_t splits = 1;    // warps that share the products of a group
+  int32_t warps = 0;     // of a block
+  int32_t depth = 0;     // H padded to whole steps of a product, or to the units of all members
+  int32_t row = 0;       // elements between rows of h, or of dg, in shared memory
+  int64_t weights = 0;   // bytes of W_hh in shared memory
+  int64_t states = 0;    // bytes of the copies of h, or of dg
+  int64_t ring = 0;      // bytes of the input projections under way
+  int64_t partials = 0;  // bytes of the sums over parts of k
+  int64_t shared = 0;    // bytes in all, with a cluster's barriers
+  int64_t words = 0;     // 8-byte words in global memory through which a grid's slice is passed on
+};
+
+// The launch of the forward or the backward on blocks of 16 `groups` units; `shared` may exceed
+// what a device has.
+inline Plan plan_of(Skeleton skeleton, Mode mode, Type type, int64_t H, bool backward, int groups) {
+  const int gates = gates_of(mode), size = size_of(type), rows = backward ? gates : 1;
+  const bool half = size == 2, alone = skeleton == Skeleton::block;
+  Plan p;
+  p.skeleton = skeleton, p.groups = groups, p.units = groups * kWarpUnits;
+  p.members = alone ? 1 : int32_t((H + p.units - 1) / p.units);
+  const int64_t unit = half ? kTile : 8;
+  p.depth = alone ? int32_t((H + unit - 1) / unit * unit) : p.members * p.units;
+  const int tiles = p.depth / kTile;
+  while (!alone && (p.splits + 1) * groups <= kTeamWarps && p.splits < tiles) ++p.splits;
+  p.warps = groups * p.splits;
+  // A row of h is 16 bytes more than a multiple of 32, which spreads eight rows over all banks.
+  p.row = int32_t(rows * p.depth + (half ? 8 : 4));
+  const int64_t resting = (tiles + p.splits - 1) / p.splits - held_tiles(gates, backward, alone);
+  const int64_t fragment = 32 * 16;  // bytes of 16 x 16 weights over a warp
+  p.weights = half ? int64_t(p.warps) * gates * (resting > 0 ? resting : 0) * fragment
+                   : int64_t(groups) * gates * kWarpUnits * p.depth * size;
+  // Others write into a cluster's copies, so that one of them is read while the next one fills.
+  p.states = (skeleton == Skeleton::grid ? 1ll : 2ll) * kSliceRows * p.row * size;
+  const int64_t values = int64_t(groups) * 32 * 4 * sizeof(float);  // four for each thread
+  p.ring = backward ? 0 : kStages * gates * values;
+  p.partials = alone ? 0 : (p.splits - 1) * (backward ? 1 : gates) * values;
+  p.shared = p.weights + p.states + p.ring + p.partials;
+  if (skeleton == Skeleton::cluster) p.shared += 2 * sizeof(uint64_t);
+  if (skeleton == Skeleton::grid) p.words = 2ll * kSliceRows * rows * p.depth * size / 4;
+  return p;
+}
+
+// One block for each slice, which is to have all units.
+inline Plan block_plan(Mode mode, Type type, int64_t H, bool backward) {
+  const int groups = int((H + kWarpUnits - 1) / kWarpUnits);
+  return plan_of(Skeleton::block, mode, type, H, backward, groups);
+}
+
+// What a device has for a launch.
+struct Card {
+  int64_t shared = 0;  // bytes of a block (cudaDevAttrMaxSharedMemoryPerBlockOptin)
+  int64_t blocks = 0;  // multiprocessors: a block of these kernels fills one
+  bool clusters = false, grids = false;
+};
+
+// The plans of a layer that fit a card as far as their sizes say, in the order in which to try
+// them: candidate number `i`, or false beyond the last. One block; the smallest clusters; the
+// grid of fewest blocks, which leaves room for other slices. They depend on neither T nor B: the
+// order of a sum, which differs between them, is a layer's own.
+inline bool candidate(const Card& card, Mode mode, Type type, int64_t H, bool backward, int i,
+                      Plan* plan) {
+  if (type == Type::f64 || H < 1 || H > 1 << 20) return false;  // beyond any card
+  const int64_t groups = (H + kWarpUnits - 1) / kWarpUnits;
+  int found = 0;
+  auto take = [&](Skeleton skeleton, int64_t each) {
+    if (each > (skeleton == Skeleton::block ? kMaxWarps : kTeamWarps)) return false;
+    *plan = plan_of(skeleton, mode, type, H, backward, int(each));
+    return plan->shared <= card.shared && found++ == i;
+  };
+  if (take(Skeleton::block, groups)) return true;
+  int64_t before = 0;  // of the cluster just tried
+  for (int64_t n = 2; card.clusters && n <= kMaxCluster && n <= groups; ++n) {
+    const int64_t each = (groups + n - 1) / n;
+    if (each != before && take(Skeleton::cluster, each)) return true;
+    before = each;
+  }
+  for (int64_t each = kTeamWarps; card.grids && each > 0; --each) {
+    const int64_t members = (groups + each - 1) / each;
+    if (members > 1 && members <= card.blocks && take(Skeleton::grid, each)) return true;
+  }
+  return false;
+}
+
+// What both passes know of the sequence. Row b of step t stands at (t * B + b), or at
+// (offsets[t] + b) while t < lengths[b], of the rows of all steps.
+struct Sequence {
+  Plan plan;
+  int64_t T, B, H, D, N;
+  const int64_t* lengths;  // (B,) non-increasing, on the device, or null for a dense batch
+  const int64_t* offsets;  // (T,) likewise
+  int32_t relu;            // of the Elman cells: 0 tanh, 1 relu
+  // Where several blocks share a slice: the first of the slices and directions that this launch
+  // computes, direction d of slice i being number i * D + d, and the words of a grid, zero at the
+  // start, `plan.words` for each.
+  int32_t first;
+  int64_t slices;  // how many of them run at once, in a grid
+  uint64_t* words;
+};
+
+// Pointers to device memory; contiguous unless strides are named. S is the dtype of the call.
+struct ForwardCall {
+  Sequence s;
+  // W_ih x: G*H values of row n and direction d, from n * gx_row + d * gx_direction on.
+  const float* gx;
+  int64_t gx_row, gx_direction;
+  const void *h0, *c0;            // S (D, B, H); c0 of LSTM only
+  const void* w_hh[2];            // S (G*H, H) of each direction
+  const void *b_ih[2], *b_hh[2];  // S (G*H,) or null
+  void *y, *h_n, *c_n;            // S (N, D*H), (D, B, H), (D, B, H)
+  void *gates, *cells;            // S (D, N, 4H), (D, N, H), or null where nothing is kept
+};
+
+struct BackwardCall {
+  Sequence s;
+  const void *h0, *c0, *w_hh[2];
+  const void *y, *gates, *cells;  // of the forward
+  const void *dy, *dh_n, *dc_n;   // S, or null for zeros
+  void* dg;                       // S (D, N, columns*H), the gradients of the pre-activations
+  void *dh0, *dc0;                // S (D, B, H)
+};
+
+}  // namespace seqkern::cuda
