@@ -139,6 +139,19 @@ def test_plots(call, run, tmp_path):
     assert "must end in one of" in line
 
 
+def test_the_vanishing_gradient_is_drawn(call, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("so it goes and so it went\n" * 20)
+    given = ["--set", "batch_size=4", "--set", "window=8", "--set", "hidden=8"]
+    runs = [tmp_path / cell for cell in ("LSTM", "RNN")]
+    for run in runs:
+        cell = ["--set", f"cell={run.name}", "--run", run, "--steps", 2]
+        call("train", "rnnlm", "--task", "text", "--data", text, *cell, *given)
+    out = tmp_path / "gradients.svg"
+    call("plot", "gradients", *runs, "--out", out)
+    assert out.stat().st_size > 5000
+
+
 def test_reproduce(call, data, tmp_path, monkeypatch):
     recipe = replace(
         recipes.RECIPES["g2p"],

@@ -40,12 +40,13 @@ def plot(
 
 def _curves(runs: list[Path]):
     job = restore_job(checkpoint.load(checkpoint_path(runs[0])))
-    losses = {str(run): [line["loss"] for line in read_log(log_path(run))] for run in runs}
+    names = _names(runs)
+    losses = {names[run]: [line["loss"] for line in read_log(log_path(run))] for run in runs}
     scores: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
         lines = read_log(scores_path(run)) if scores_path(run).exists() else []
         points = [(int(line["step"]), line[job.score]) for line in lines if job.score in line]
-        scores[str(run)] = points
+        scores[names[run]] = points
     return curves(losses, scores, job.unit, job.score)
 
 
@@ -65,5 +66,11 @@ def _gradients(runs: list[Path]) -> dict[str, list[float]]:
         measure = getattr(job, "gradient_norms", None)
         if measure is None:
             raise ValueError(f"model {job.spec.model!r} has no gradients over time to show")
-        norms[str(run)] = measure()
+        norms[_names(runs)[run]] = measure()
     return norms
+
+
+def _names(runs: list[Path]) -> dict[Path, str]:
+    """The folders' own names, or their whole paths where two have one name."""
+    alone = len({run.resolve().name for run in runs}) == len(runs)
+    return {run: run.resolve().name if alone else str(run) for run in runs}

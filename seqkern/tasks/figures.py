@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec
 
 import matplotlib.style
 import numpy as np
@@ -14,6 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from seqkern.tasks.checkpoint import write_atomically
 from seqkern.tasks.translation import Alignment
 
+P = ParamSpec("P")
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -24,6 +27,17 @@ STYLE = {
 FORMATS = (".svg", ".png", ".pdf")
 
 
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draws with STYLE, which matplotlib reads as it makes axes, not as it saves them."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.style.context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure in the format that the file's name ends with.
 
@@ -32,10 +46,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     if path.suffix not in FORMATS:
         raise ValueError(f"a figure's name must end in one of {FORMATS}, got {path.name!r}")
-    with matplotlib.style.context(STYLE):
-        write_atomically(
-            path, lambda file: figure.savefig(file, format=path.suffix[1:], bbox_inches="tight")
-        )
+    form = path.suffix[1:]
+    write_atomically(path, lambda file: figure.savefig(file, format=form, bbox_inches="tight"))
 
 
 def smooth(values: Sequence[float], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -45,6 +57,7 @@ def smooth(values: Sequence[float], width: int) -> tuple[np.ndarray, np.ndarray]
     return np.arange(len(mean)) + (width + 1) / 2, mean
 
 
+@styled
 def curves(
     losses: Mapping[str, Sequence[float]],
     scores: Mapping[str, Sequence[tuple[int, float]]],
@@ -74,6 +87,7 @@ def curves(
     return figure
 
 
+@styled
 def gradient_curves(norms: Mapping[str, Sequence[float]]) -> Figure:
     """Norms of dL/dx_t of each model against t, the loss being of the last position alone."""
     figure = Figure(figsize=(6, 3.4), layout="constrained")
@@ -86,6 +100,7 @@ def gradient_curves(norms: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
+@styled
 def heat_maps(alignments: Sequence[Alignment], columns: int = 3) -> Figure:
     """Alignments side by side: targets downwards, sources across; a row sums to 1."""
     columns = min(columns, len(alignments))
