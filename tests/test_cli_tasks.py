@@ -141,7 +141,7 @@ def test_plots(call, run, tmp_path):
 
 def test_the_vanishing_gradient_is_drawn(call, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("so it goes and so it went\n" * 20)
+    text.write_text("so it goes and so it went\n" * 50)
     given = ["--set", "batch_size=4", "--set", "window=8", "--set", "hidden=8"]
     runs = [tmp_path / cell for cell in ("LSTM", "RNN")]
     for run in runs:
