@@ -122,6 +122,7 @@ class Block {
   std::map<size_t, Counter> counters;  // by their place in shared memory
   Thread* current = nullptr;
   std::string error;
+  int resting = 0;  // rounds that the team passes it over
 
   // `stacks`: those of the team, from `first` on for this block.
   template <class Body>

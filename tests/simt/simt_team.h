@@ -23,8 +23,9 @@ class Team {
       if (shuffled_) std::shuffle(order.begin(), order.end(), random_);
       bool moved = open_barrier();
       for (Block* block : order) {
-        // Some blocks now and then stand still while the others go on.
-        if (shuffled_ && random_() % 4 == 0 && idle == 0) {
+        // Blocks now and then stand still, long enough for the others to get ahead if they can.
+        if (shuffled_ && idle == 0 && (block->resting > 0 || random_() % 16 == 0)) {
+          block->resting = block->resting > 0 ? block->resting - 1 : int(random_() % 64);
           moved = true;
           continue;
         }

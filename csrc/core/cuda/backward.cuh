@@ -179,8 +179,8 @@ recurrent_backward(const BackwardCall p) {
     const Product<S, Cell<M>::kGates, true, X::kParts> product(p.s.plan, p.w_hh[d], p.s.H, shared);
     const X exchange(p.s, shared);
     BackwardPass<M, S, X> pass(p, shared);
-    exchange.template prepare<S, Cell<M>::kGates>();
     pass.prepare();
+    exchange.template prepare<S, Cell<M>::kGates>();
     pass.run(product, exchange);
   }
 }

@@ -9,7 +9,8 @@
 //
 // `pass` is called by all threads after a barrier, with steps 1, 2, ...; R is how many rows of
 // `depth` values lie side by side in a row of the copy: one of h, one of dg for each gate. All
-// threads see all values after it. `prepare` comes before the first `pass`.
+// threads see all values after it. `prepare` comes before the first `pass`, and after the copies
+// were cleared: others may store into them from then on.
 #pragma once
 #include "core/cuda/device.cuh"
 #include "core/cuda/plan.h"

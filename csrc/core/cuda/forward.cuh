@@ -166,8 +166,8 @@ recurrent_forward(const ForwardCall p) {
     const Product<S, Cell<M>::kGates, false, X::kParts> product(p.s.plan, p.w_hh[d], p.s.H, shared);
     const X exchange(p.s, shared);
     ForwardPass<M, S, X> pass(p, shared);
-    exchange.template prepare<S, 1>();
     pass.prepare();
+    exchange.template prepare<S, 1>();
     pass.run(product, exchange);
   }
 }
