@@ -101,7 +101,7 @@ def choose(
     if refusal is not None:
         return Choice("reference", refusal)
     if device != "cpu":
-        return Choice("native", "all steps run in one launch, W_hh stays in one thread block")
+        return Choice("native", "all steps run in one launch, W_hh stays in the thread blocks")
     if mode == "LSTM" and not (ragged or proj or deterministic):
         for row in ONEDNN:
             if row.covers(dtype, sizes, grad):

@@ -125,6 +125,9 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
         name = "aten::lstm" if choice.kernel == "onednn" else f"seqkern::{op}"
         if snapshot:
             choice = replace(choice, reason=f"{choice.reason}; on the weights of prepack()")
+        if device == "cuda" and choice.kernel == "native":
+            spread = block.skeletons(mode, dtype, layer.hidden_size, x.get_device())
+            choice = replace(choice, reason=f"{choice.reason}: {spread}")
         cpu = instructions(choice, device)
         lines.append(
             Explanation(i, name, mode, dtype, device, sizes, choice.kernel, choice.reason, cpu)
