@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from seqkern.models.bilstm import POOLS, BiLSTMClassifier, BiLSTMConfig
 from seqkern.models.self_attentive import SelfAttentive, SelfAttentiveConfig, penalty
 from seqkern.models.textcnn import TextCNN, TextCNNConfig
+from tests.cells_by_hand import bilstm_states
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BOTH = pytest.mark.parametrize("layers", ["torch", "seqkern"])
@@ -46,26 +47,10 @@ def batch(B=5, T=9):
     return x, lengths
 
 
-def lstm_by_hand(p, name, x):
-    """h_t (T, H) of one direction after the other, of vectors x (T, D)."""
-    both = []
-    for suffix, order in (("_l0", range(len(x))), ("_l0_reverse", reversed(range(len(x))))):
-        w_ih, w_hh = p[f"{name}.weight_ih{suffix}"], p[f"{name}.weight_hh{suffix}"]
-        bias = p[f"{name}.bias_ih{suffix}"] + p[f"{name}.bias_hh{suffix}"]
-        h = c = torch.zeros(w_hh.size(1), dtype=torch.float64)
-        states = {}
-        for t in order:
-            i, f, g, o = (w_ih @ x[t] + w_hh @ h + bias).chunk(4)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = states[t] = o.sigmoid() * c.tanh()
-        both.append(torch.stack([states[t] for t in range(len(x))]))
-    return both
-
-
 @torch.no_grad()
 def pooled_by_hand(p, config, x):
     """u of one sentence of symbols (T,)."""
-    forwards, backwards = lstm_by_hand(p, "lstm", p["embed.weight"][x])
+    forwards, backwards = bilstm_states(p, "lstm", p["embed.weight"][x])
     h = torch.cat([forwards, backwards], 1)
     if config.pool == "last":
         return torch.cat([forwards[-1], backwards[0]])
@@ -170,7 +155,7 @@ def test_structured_is_the_equations(layers):
     scores, attended = model(x, lengths), model.attend(x, lengths)
     losses = []
     for b, n in enumerate(lengths.tolist()):
-        h = torch.cat(lstm_by_hand(p, "lstm", p["embed.weight"][x[b, :n]]), 1)
+        h = torch.cat(bilstm_states(p, "lstm", p["embed.weight"][x[b, :n]]), 1)
         e = (p["w_s2.weight"] @ torch.tanh(p["w_s1.weight"] @ h.T)).exp()  # (r, n)
         a = e / e.sum(1, keepdim=True)
         torch.testing.assert_close(attended.weights[b, :, :n], a, rtol=1e-12, atol=1e-13)
@@ -190,7 +175,7 @@ def test_heads_are_the_equations(layers):
     x, lengths = batch()
     scores, weights = model(x, lengths), model.attend(x, lengths, need_weights=True).weights
     for b, n in enumerate(lengths.tolist()):
-        h = torch.cat(lstm_by_hand(p, "lstm", p["embed.weight"][x[b, :n]]), 1)
+        h = torch.cat(bilstm_states(p, "lstm", p["embed.weight"][x[b, :n]]), 1)
         q, k, v = (h @ p["heads.in_proj_weight"].T + p["heads.in_proj_bias"]).chunk(3, 1)
         heads = []
         for i, of in enumerate((slice(0, 3), slice(3, 6))):

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from seqkern.models import RNNSearch, RNNSearchConfig
+from tests.cells_by_hand import gru_step
 
 SIZES = RNNSearchConfig(
     source_symbols=11,
@@ -38,19 +39,12 @@ def by_hand(model, x, y_previous):
     """The module docstring's equations, symbol by symbol, for one source (Tx,): scores (Ty, V)."""
     p = dict(model.named_parameters())
 
-    def gru(x, h, prefix, suffix):
-        ih = p[f"{prefix}.weight_ih{suffix}"] @ x + p[f"{prefix}.bias_ih{suffix}"]
-        hh = p[f"{prefix}.weight_hh{suffix}"] @ h + p[f"{prefix}.bias_hh{suffix}"]
-        (ir, iz, i_n), (hr, hz, hn) = ih.chunk(3), hh.chunk(3)
-        r, z = torch.sigmoid(ir + hr), torch.sigmoid(iz + hz)
-        return (1 - z) * torch.tanh(i_n + r * hn) + z * h
-
     H = model.config.hidden // 2
     annotations = {}
     for suffix, positions in (("_l0", range(len(x))), ("_l0_reverse", reversed(range(len(x))))):
         h = torch.zeros(H, dtype=torch.float64)
         for j in positions:
-            h = gru(p["embed_x.weight"][x[j]], h, "encoder", suffix)
+            h = gru_step(p, "encoder", suffix, p["embed_x.weight"][x[j]], h)
             annotations[j, suffix] = h
     h = torch.stack(
         [torch.cat([annotations[j, "_l0"], annotations[j, "_l0_reverse"]]) for j in range(len(x))]
@@ -65,7 +59,7 @@ def by_hand(model, x, y_previous):
         ]
         a = torch.stack(e).exp() / torch.stack(e).exp().sum()
         c = sum(a_j * h_j for a_j, h_j in zip(a, h, strict=True))
-        s = gru(torch.cat([p["embed_y.weight"][y], c]), s, "decoder.cell", "")
+        s = gru_step(p, "decoder.cell", "", torch.cat([p["embed_y.weight"][y], c]), s)
         u = p["readout.weight"] @ torch.cat([s, p["embed_y.weight"][y], c]) + p["readout.bias"]
         t = torch.stack([torch.max(u[k], u[k + 1]) for k in range(0, len(u), 2)])
         scores.append(p["output.weight"] @ t + p["output.bias"])

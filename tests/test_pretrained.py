@@ -11,6 +11,7 @@ from seqkern.tasks.job import JobSpec
 from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.registry import make_job
 from seqkern.tasks.training import Trainer
+from tests.cells_by_hand import lstm_states
 
 CONFIG = PretrainedConfig(symbols=12, labels=3, embedding=5, hidden=6, head=4, dropout=0.0)
 
@@ -29,15 +30,8 @@ def batch():
 def by_hand(model, x):
     """One sentence (T,): h_0 .. h_T by the LSTM's equations."""
     p = dict(model.named_parameters())
-    h = c = torch.zeros(6).double()
-    states = []
-    for symbol in [1, *x.tolist()]:
-        gates = p["lstm.weight_ih_l0"] @ p["embed.weight"][symbol] + p["lstm.bias_ih_l0"]
-        i, f, g, o = (gates + p["lstm.weight_hh_l0"] @ h + p["lstm.bias_hh_l0"]).chunk(4)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        states.append(h)
-    return torch.stack(states)
+    words = torch.tensor([1, *x.tolist()])
+    return lstm_states(p, "lstm", "_l0", p["embed.weight"][words])
 
 
 def test_both_losses_are_the_equations():

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from seqkern.models.tagger import BiLSTMTagger, Spellings, TaggerConfig
+from tests.cells_by_hand import bilstm_states
 
 BOTH = pytest.mark.parametrize("layers", ["torch", "seqkern"])
 
@@ -52,32 +53,16 @@ def row(b, n, spellings):
     return spellings and spellings._replace(word=spellings.word[b : b + 1, :n])
 
 
-def lstm_by_hand(p, name, x):
-    """The two directions' states (T, H) of vectors x (T, D)."""
-    both = []
-    for suffix, order in (("_l0", range(len(x))), ("_l0_reverse", reversed(range(len(x))))):
-        w_ih, w_hh = p[f"{name}.weight_ih{suffix}"], p[f"{name}.weight_hh{suffix}"]
-        bias = p[f"{name}.bias_ih{suffix}"] + p[f"{name}.bias_hh{suffix}"]
-        h = c = torch.zeros(w_hh.size(1), dtype=torch.float64)
-        states = {}
-        for t in order:
-            i, f, g, o = (w_ih @ x[t] + w_hh @ h + bias).chunk(4)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = states[t] = o.sigmoid() * c.tanh()
-        both.append(torch.stack([states[t] for t in range(len(x))]))
-    return both
-
-
 def by_hand(p, x, spelt):
     """P (T, tags) and the scores of the intents for words (T,) and the letters of each."""
     e = p["embed.weight"][x]
     if spelt is not None:
         ends = []
         for letters in spelt:
-            forwards, backwards = lstm_by_hand(p, "speller", p["embed_letters.weight"][letters])
+            forwards, backwards = bilstm_states(p, "speller", p["embed_letters.weight"][letters])
             ends.append(torch.cat([forwards[-1], backwards[0]]))
         e = torch.cat([e, torch.stack(ends)], 1)
-    h = torch.cat(lstm_by_hand(p, "lstm", e), 1)
+    h = torch.cat(bilstm_states(p, "lstm", e), 1)
     scores = h @ p["output.weight"].T + p["output.bias"]
     if "intent.weight" not in p:
         return scores, None

@@ -10,6 +10,7 @@ from seqkern.models import Seq2Seq, Seq2SeqConfig, Transformer, TransformerConfi
 from seqkern.models.transformer import positions_of
 from seqkern.tasks.decoding import beam_search, map_state
 from seqkern.tasks.vocab import PAD
+from tests.cells_by_hand import gru_step
 
 MODELS = {
     "lstm": lambda layers: Seq2Seq(Seq2SeqConfig(11, 9, "lstm", 5, 6, depth=2), layers),
@@ -100,21 +101,14 @@ def test_the_fixed_vector_by_hand():
     model = make("gru").double()
     p = dict(model.named_parameters())
 
-    def gru(x, h, side):
-        ih = p[f"{side}.weight_ih_l0"] @ x + p[f"{side}.bias_ih_l0"]
-        hh = p[f"{side}.weight_hh_l0"] @ h + p[f"{side}.bias_hh_l0"]
-        (ir, iz, i_n), (hr, hz, hn) = ih.chunk(3), hh.chunk(3)
-        z = torch.sigmoid(iz + hz)
-        return (1 - z) * torch.tanh(i_n + torch.sigmoid(ir + hr) * hn) + z * h
-
     x, y = torch.tensor([5, 9, 4]), torch.tensor([1, 7, 4])
     v = torch.zeros(6).double()
     for symbol in x:
-        v = gru(p["embed_x.weight"][symbol], v, "encoder")
+        v = gru_step(p, "encoder", "_l0", p["embed_x.weight"][symbol], v)
     s, scores = v, []
     for symbol in y:
         e = p["embed_y.weight"][symbol]
-        s = gru(torch.cat([e, v]), s, "decoder")
+        s = gru_step(p, "decoder", "_l0", torch.cat([e, v]), s)
         scores.append(p["output.weight"] @ torch.cat([s, e, v]) + p["output.bias"])
     found = model(x[None], torch.tensor([3]), y[None])[0]
     torch.testing.assert_close(found, torch.stack(scores), rtol=1e-12, atol=1e-13)
