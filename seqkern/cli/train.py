@@ -59,10 +59,10 @@ def train(
         torch.set_num_threads(trainer.options.threads)
         start_log(folder, trainer.step)
         finished = _run(trainer, folder, tensorboard)
+        stopped = f"stopped after step {trainer.step}; the same command goes on"
+        _say(f"done: {folder}" if finished else stopped)
     if not finished:
-        _say(f"stopped after step {trainer.step}; the same command goes on")
         raise typer.Exit(INTERRUPTED)
-    _say(f"done: {folder}")
 
 
 def _say(text: str) -> None:
