@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from seqkern.tasks.data import Pair
 from seqkern.tasks.job import JobSpec
 from seqkern.tasks.metrics import bleu, bleu_signature
 from seqkern.tasks.options import TrainOptions
@@ -85,6 +86,15 @@ def test_a_reversed_source_is_another_reading(words):
         job.predict(["a?b!"])
     with pytest.raises(ValueError, match=r"symbols \['!', '\?'\] are not"):
         reverse.predict(["a?b!"])
+
+
+def test_held_out_sources_may_have_new_characters(words):
+    """What a user asks is refused; what a score is taken of is decoded, the character unknown."""
+    job = job_of("rnnsearch", words)
+    job.data.dev.append(Pair("a?", "X"))
+    assert 0 <= job.evaluate("dev")["sequence_error"] <= 1
+    with pytest.raises(ValueError, match="are not in the training data"):
+        job.predict(["a?"])
 
 
 def test_smoothing_is_of_training_alone(words):

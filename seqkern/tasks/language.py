@@ -210,9 +210,7 @@ class LanguageModelJob(Job):
     @property
     def vocab(self) -> Vocab:
         """The symbols of the text."""
-        vocab = self.vocabs["symbols"]
-        assert isinstance(vocab, Vocab)
-        return vocab
+        return self.vocabs["symbols"]
 
     @cached_property
     def context(self) -> int:

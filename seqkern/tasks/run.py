@@ -138,9 +138,10 @@ def run_steps(
         if trainer.step % SAVE_EVERY == 0:
             save(trainer, checkpoint_path(folder))
         before = time.perf_counter()
-    save(trainer, checkpoint_path(folder))
+    # Before the last checkpoint, which says that nothing is left to do.
     if taken and trainer.finished and len(trainer.recent) > 1:
         on_scores(trainer.step, _try_average(trainer, folder))
+    save(trainer, checkpoint_path(folder))
     return taken
 
 

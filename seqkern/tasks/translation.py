@@ -73,7 +73,7 @@ class TranslationJob(Job):
     Options of reading: source_tokens and target_tokens, "chars", "words" or "subwords"; symbols,
     most symbols of a vocabulary (0: all; of subwords, 4,000); min_count, occurrences of a symbol
     that is kept; reverse, the source backwards; lower, sources in lower case; longest, most
-    symbols of a side in training and of a decoded target (0: what the training targets need);
+    symbols of a side in training and of a decoded target (0: all, and 64 of a decoded one);
     bleu, sacrebleu's tokenisation ("13a", "zh", "none" for text that is tokenised already), or ""
     for error rates; smoothing, of the labels (Szegedy et al., 2016).
     """
@@ -191,14 +191,21 @@ class TranslationJob(Job):
 
     def decode(self, sources: Sequence[str], beam: int = 4) -> list[str]:
         """The best target of each source."""
-        rows = [self.source.known(text) for text in sources]
+        rows = [self.source.encode(text) for text in sources]
         self.model.eval()
         found = decode(self.model, rows, beam=beam, max_length=self.max_length)
         return [self.target.decode(numbers) for numbers in found]
 
     def predict(self, texts: Sequence[str], *, beam: int = 4, **_: Any) -> list[str]:
-        lower = self.reading["lower"]
-        return self.decode([text.lower() if lower else text for text in texts], beam)
+        """The best target of each text.
+
+        Raises:
+            ValueError: a text is empty, or has a character that the training data had not.
+        """
+        texts = [text.lower() if self.reading["lower"] else text for text in texts]
+        for text in texts:
+            self.source.known(text)
+        return self.decode(texts, beam)
 
     def evaluate(self, part: str, *, beam: int = 1, **_: Any) -> dict[str, float]:
         """Error rates or BLEU over the distinct sources, and the loss, on "dev" or "test".
