@@ -54,10 +54,12 @@ struct ForwardPass {
   static int64_t groups_of(const Shape& s) { return ceil_div(s.H, kUnits); }
   static int64_t outputs_of(const Shape& s) { return s.proj ? ceil_div(s.P, kPanel<C>) : 0; }
 
-  // Rows of a chunk: enough that a pass over W_ih is repaid, few enough that they stay in L2.
+  // Rows of a chunk: few enough that they stay in L2, but as large as W_ih where that does not (up
+  // to 4 MB, beyond which it gains nothing), since each chunk reads all of it.
   static int64_t rows_per_chunk(const Shape& s) {
-    const int64_t row = groups_of(s) * K::group_width * int64_t(sizeof(C));
-    const int64_t rows = max_<int64_t>(64, (1 << 20) / row);
+    const int64_t width = groups_of(s) * K::group_width, row = width * int64_t(sizeof(C));
+    const int64_t weights = s.I * width * int64_t(sizeof(A));
+    const int64_t rows = max_<int64_t>(64, max_<int64_t>(1 << 20, min_<int64_t>(weights, 4 << 20)) / row);
     return max_(s.B, min_(rows, s.N));
   }
 
