@@ -108,21 +108,31 @@ def test_a_share_of_each_label_is_kept(sentences):
 
 def test_the_first_steps_are_the_language(sentences):
     job = job_of(sentences, share=0.02, pretrain=3)
-    batches = job.batches(8, 1)
-    kinds = [isinstance(batches[step], UnlabelledBatch) for step in range(5)]
-    assert kinds == [True] * 3 + [False] * 2
-    assert batches[0].units == int(batches[0].lengths.sum())
-    assert batches[3].units == 8
-    placed = job.place(batches[0])
+    options = TrainOptions(
+        batch_size=8, accumulate=2, epochs=2, evaluate_every=1, lr=0.01, warmup=0, schedule="linear"
+    )
+    trainer = Trainer(job, options)
+    assert trainer.steps == 3 + 4  # 25 sentences with a label, 16 a step
+    drawn, rates, due = [], [], []
+    job.loss = lambda batch, loss=job.loss: drawn.append(batch) or loss(batch)
+    for _ in trainer.train(trainer.steps):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        due.append(trainer.evaluation_due)
+    kinds = [isinstance(batch, UnlabelledBatch) for batch in drawn]
+    assert kinds == [True] * 6 + [False] * 8
+    assert due == [False] * 3 + [True] * 4
+    assert rates == pytest.approx([0.01 * n for n in (1, 2 / 3, 1 / 3, 1, 3 / 4, 1 / 2, 1 / 4)])
+    text = drawn[0]
+    assert text.units == int(text.lengths.sum())
+    assert drawn[6].units == 8
+    placed = job.place(text)
     torch.testing.assert_close(job.loss(placed), job.model.language_loss(placed.x, placed.lengths))
 
 
 def accuracy(data, pretrain, layers="seqkern"):
     job = job_of(data, layers, share=0.001, pretrain=pretrain)
-    options = TrainOptions(
-        steps=pretrain + 60, batch_size=32, lr=5e-3, warmup=0, schedule="constant"
-    )
-    losses = [loss for loss, _ in Trainer(job, options).train(options.steps)]
+    options = TrainOptions(steps=60, batch_size=32, lr=5e-3, warmup=0, schedule="constant")
+    losses = [loss for loss, _ in Trainer(job, options).train(pretrain + 60)]
     return job.evaluate("test")["accuracy"], losses
 
 

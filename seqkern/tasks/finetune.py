@@ -21,29 +21,12 @@ class UnlabelledBatch(SentenceBatch):
     """Sentences to learn the language from; `labels` is not read, and a unit is a word."""
 
 
-class Phases:
-    """The batches of one stream up to a step, and those of another from there on."""
-
-    def __init__(self, first: Stream, steps: int, second: Stream) -> None:
-        self._first, self._steps, self._second = first, steps, second
-
-    @property
-    def per_epoch(self) -> int:
-        """Batches of an epoch of the second stream."""
-        return self._second.per_epoch
-
-    def __getitem__(self, step: int) -> Any:
-        if step < self._steps:
-            return self._first[step]
-        return self._second[step - self._steps]
-
-
 class FineTuneJob(ClassifyJob):
     """A model with `language_loss` too (see models/pretrained.py).
 
     Options of reading besides ClassifyJob's: share, of the training sentences of each label that
-    keep their label, the others being text alone; pretrain, how many of the training's first steps
-    learn the language from the text of all of them, 0 for none.
+    keep their label, the others being text alone; pretrain, steps of a first phase that learns the
+    language from the text of all of them, 0 for none.
     """
 
     READING: ClassVar[dict[str, Any]] = ClassifyJob.READING | {"share": 0.1, "pretrain": 1000}
@@ -68,10 +51,12 @@ class FineTuneJob(ClassifyJob):
         words = Vocab.build((e.words for e in self._all.train), self.reading["min_count"])
         return super().build_vocabs() | {"words": words}
 
-    def batches(self, batch_size: int, seed: int) -> Stream:
-        labelled = super().batches(batch_size, seed)
-        text = Batches(self._all.train, self._text, self.length, batch_size, seed)
-        return Phases(text, self.reading["pretrain"], labelled)
+    @property
+    def first_phase(self) -> int:
+        return self.reading["pretrain"]
+
+    def first_batches(self, batch_size: int, seed: int) -> Stream:
+        return Batches(self._all.train, self._text, self.length, batch_size, seed)
 
     def _text(self, examples: list[Labelled]) -> UnlabelledBatch:
         batch = self.collate([e._replace(label=self.labels[0]) for e in examples])

@@ -166,6 +166,19 @@ class Job(ABC):
         """The training batches."""
         return Batches(self.data.train, self.collate, self.length, batch_size, seed)
 
+    @property
+    def first_phase(self) -> int:
+        """Steps of a phase before the training proper, as pre-training; 0 for none.
+
+        The options' steps and epochs count from its end, the learning rate's schedule starts anew
+        there, and nothing is evaluated before.
+        """
+        return 0
+
+    def first_batches(self, batch_size: int, seed: int) -> Stream:
+        """The batches of the first phase, where there is one."""
+        raise NotImplementedError(f"{type(self).__name__} has no first phase")
+
     def after_step(self) -> None:  # noqa: B027 - most jobs have no constraint
         """Called after each update of the weights, for constraints on them."""
 

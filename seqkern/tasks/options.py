@@ -33,7 +33,7 @@ class TrainOptions:
     """Everything besides data and model that decides the losses.
 
     Args:
-        steps: updates of the weights.
+        steps: updates of the weights, after those of the job's first phase where it has one.
         epochs: passes over the training data, which decide in place of `steps` unless 0.
         batch_size: examples of a batch (of a language model: rows of its windows).
         lr: the highest learning rate.

@@ -130,8 +130,7 @@ def run_steps(
         line = {"step": trainer.step, "loss": loss, "rows": rows, "seconds": seconds}
         _append(trainer, log_path(folder), line)
         on_step(loss)
-        every = trainer.evaluate_every
-        if every and (trainer.step % every == 0 or trainer.step == trainer.steps):
+        if trainer.evaluation_due:
             on_scores(trainer.step, _evaluate(trainer, folder))
         if trainer.finished or _asked(trainer, stop):
             break

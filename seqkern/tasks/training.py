@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqkern.tasks import checkpoint
+from seqkern.tasks.batches import Stream
 from seqkern.tasks.job import Job, JobSpec
 from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.registry import make_job
@@ -52,6 +53,8 @@ class Trainer:
         self.job, self.options = job, options
         self.rank, self.world = processes()
         self.batches = job.batches(options.batch_size, options.seed)
+        if job.first_phase:
+            self.first_batches = job.first_batches(options.batch_size, options.seed)
         self.step, self.best = 0, None
         self.recent: list[dict[str, Tensor]] = []  # weights of the last evaluations
         self.optimizer = options.build_optimizer(job.model.parameters())
@@ -63,9 +66,11 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """All steps of the training."""
+        """All steps of the training, the job's first phase among them."""
         per_epoch = self.batches.per_epoch / (self.options.accumulate * self.world)
-        return math.ceil(self.options.epochs * per_epoch) or self.options.steps
+        return self.job.first_phase + (
+            math.ceil(self.options.epochs * per_epoch) or self.options.steps
+        )
 
     @property
     def evaluate_every(self) -> int:
@@ -74,6 +79,12 @@ class Trainer:
         if options.evaluate_every or not (options.patience or options.average > 1):
             return options.evaluate_every
         return max(1, self.batches.per_epoch // (options.accumulate * self.world))
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the step just taken is one to evaluate after."""
+        done, every = self.step - self.job.first_phase, self.evaluate_every
+        return done > 0 and every > 0 and (done % every == 0 or self.step == self.steps)
 
     @property
     def finished(self) -> bool:
@@ -102,10 +113,11 @@ class Trainer:
 
     def _update(self) -> tuple[float, int]:
         options, model = self.options, self.job.model
+        stream, step, steps = self._phase()
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr_at(self.step, self.steps)
-        first = (self.step * self.world + self.rank) * options.accumulate
-        batches = [self.job.place(self.batches[first + i]) for i in range(options.accumulate)]
+            group["lr"] = options.lr_at(step, steps)
+        first = (step * self.world + self.rank) * options.accumulate
+        batches = [self.job.place(stream[first + i]) for i in range(options.accumulate)]
         counts = torch.tensor([sum(b.units for b in batches), sum(b.rows for b in batches)])
         self._sum([counts])
         self.optimizer.zero_grad()
@@ -128,6 +140,13 @@ class Trainer:
         self.optimizer.step()
         self.job.after_step()
         return total.item(), int(counts[1])
+
+    def _phase(self) -> tuple[Stream, int, int]:
+        """The batches of the phase that the next step is in, its place in it, and its length."""
+        first = self.job.first_phase
+        if self.step < first:
+            return self.first_batches, self.step, first
+        return self.batches, self.step - first, self.steps - first
 
     def _sum(self, tensors: list[Tensor]) -> None:
         if self.world > 1:
