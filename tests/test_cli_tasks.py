@@ -133,10 +133,25 @@ def test_plots(call, run, tmp_path):
             call("plot", kind, run, "--out", out, *more)
             assert out.stat().st_size > size
     assert "alignments need a source" in call("plot", "alignments", run, status=2)
+    assert "needs BLEU" in call("plot", "lengths", run, status=2)
     assert "has no gradients over time" in call("plot", "gradients", run, status=2)
     assert "kind must be" in call("plot", "pie", run, status=2)
     line = call("plot", "curves", run, "--out", tmp_path / "a.txt", status=2)
     assert "must end in one of" in line
+
+
+def test_bleu_by_length_is_drawn(call, data, tmp_path):
+    runs = [tmp_path / name for name in ("a", "b")]
+    given = ["--set", "hidden=8", "--set", "bleu=none", "--data", data, "--steps", 2]
+    for run in runs:
+        call(*TRAIN, "--run", run, *given)
+    out = tmp_path / "lengths.svg"
+    lines = call("plot", "lengths", *runs, "--out", out).splitlines()
+    assert [line[:2] for line in lines[:-1]] == ["a:"] * (len(lines) // 2) + ["b:"] * (
+        len(lines) // 2
+    )
+    assert "symbols" in lines[0]
+    assert out.stat().st_size > 5000
 
 
 def test_the_vanishing_gradient_is_drawn(call, tmp_path):

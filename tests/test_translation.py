@@ -170,6 +170,34 @@ def test_bleu():
         bleu([], [], "13a")
 
 
+def test_bleu_by_length(tmp_path):
+    """Three groups of sources of 4 to 12 letters, right up to 8 and cut short beyond."""
+    draw, path = random.Random(0), tmp_path / "long.tsv"
+    sources = {"".join(draw.choices("abcdef", k=draw.randint(4, 12))) for _ in range(400)}
+    path.write_text("".join(f"{s}\t{' '.join(s)}\n" for s in sorted(sources)))
+    job = job_of("rnnsearch", str(path), bleu="none")
+    job.decode = lambda texts, beam: [" ".join(s if len(s) <= 8 else s[:6]) for s in texts]
+    groups = job.bleu_by_length("test", groups=3)
+    lengths = sorted(len(pair.source) for pair in job.data.test)
+    assert sum(group.sources for group in groups) == len(lengths)
+    for before, after in zip(groups, groups[1:], strict=False):
+        assert before.longest < after.shortest
+    for group in groups:
+        texts = [
+            p.source for p in job.data.test if group.shortest <= len(p.source) <= group.longest
+        ]
+        right = [[" ".join(s)] for s in texts]
+        assert group.sources == len(texts)
+        assert group.bleu == pytest.approx(bleu(job.decode(texts, 4), right, "none"))
+    assert groups[0].bleu == pytest.approx(100)
+    assert groups[-1].bleu < 70
+    assert len(job.bleu_by_length("test", groups=50)) == len(set(lengths))
+    with pytest.raises(ValueError, match="needs BLEU and groups >= 1, got groups = 0"):
+        job.bleu_by_length("test", groups=0)
+    with pytest.raises(ValueError, match="scored by error rates"):
+        job_of("rnnsearch", str(path)).bleu_by_length("test")
+
+
 def test_multi30k(corpora):
     job = make_job(
         JobSpec("seq2seq", "multi30k-de-en", str(corpora), sizes={"embedding": 8, "hidden": 8})

@@ -1,4 +1,4 @@
-"""`seqkern plot KIND RUN...`: learning curves, alignments and gradient norms as figures."""
+"""`seqkern plot KIND RUN...`: learning curves, alignments, lengths, gradient norms as figures."""
 
 from __future__ import annotations
 
@@ -10,30 +10,38 @@ import typer
 from seqkern.cli.common import user_errors
 from seqkern.cli.predict import load_job
 from seqkern.tasks import checkpoint
-from seqkern.tasks.figures import curves, gradient_curves, heat_maps, save_figure
+from seqkern.tasks.figures import (
+    curves,
+    gradient_curves,
+    heat_maps,
+    length_curves,
+    save_figure,
+)
 from seqkern.tasks.run import checkpoint_path, log_path, read_log, scores_path
 from seqkern.tasks.training import restore_job
-from seqkern.tasks.translation import TranslationJob
+from seqkern.tasks.translation import LengthGroup, TranslationJob
 
 OPTION = typer.Option
 
 
 def plot(
-    kind: Annotated[str, typer.Argument(help="curves, alignments or gradients")],
+    kind: Annotated[str, typer.Argument(help="curves, alignments, lengths or gradients")],
     runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
     out: Annotated[Path, OPTION(help="the figure: .svg, .png or .pdf")] = Path("figure.svg"),
     text: Annotated[list[str] | None, OPTION(help="a source, for alignments; repeat it")] = None,
 ) -> None:
-    """Draw the learning curves of runs, the alignments of texts, or vanishing gradients."""
+    """Draw learning curves, the alignments of texts, BLEU by length, or vanishing gradients."""
     with user_errors():
         if kind == "curves":
             figure = _curves(runs)
         elif kind == "alignments":
             figure = _alignments(runs, text or [])
+        elif kind == "lengths":
+            figure = length_curves(_lengths(runs))
         elif kind == "gradients":
             figure = gradient_curves(_gradients(runs))
         else:
-            raise ValueError(f"kind must be curves, alignments or gradients, got {kind!r}")
+            raise ValueError(f"kind must be curves, alignments, lengths or gradients, got {kind!r}")
         save_figure(figure, out)
     print(out)
 
@@ -57,6 +65,23 @@ def _alignments(runs: list[Path], texts: list[str]):
     if not isinstance(job, TranslationJob):
         raise ValueError(f"model {job.spec.model!r} has no alignments: it does not translate")
     return heat_maps([job.align(text) for text in texts])
+
+
+def _lengths(runs: list[Path]) -> dict[str, list[LengthGroup]]:
+    groups = {}
+    for run, name in _names(runs).items():
+        job = load_job(run)
+        if not isinstance(job, TranslationJob):
+            raise ValueError(
+                f"model {job.spec.model!r} has no BLEU by length: it does not translate"
+            )
+        groups[name] = job.bleu_by_length("test")
+        for group in groups[name]:
+            print(
+                f"{name}: {group.shortest} to {group.longest} symbols, {group.sources} sources, "
+                f"BLEU {group.bleu:.2f}"
+            )
+    return groups
 
 
 def _gradients(runs: list[Path]) -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from seqkern.tasks.checkpoint import write_atomically
-from seqkern.tasks.translation import Alignment
+from seqkern.tasks.translation import Alignment, LengthGroup
 
 P = ParamSpec("P")
 STYLE = {
@@ -96,6 +96,19 @@ def gradient_curves(norms: Mapping[str, Sequence[float]]) -> Figure:
         back = np.arange(len(values)) - len(values) + 1
         axis.plot(back, values, label=name, lw=1.3)
     axis.set(xlabel="t, steps before the loss", ylabel="norm of dL/dx_t", yscale="log")
+    axis.legend(frameon=False)
+    return figure
+
+
+@styled
+def length_curves(groups: Mapping[str, Sequence[LengthGroup]]) -> Figure:
+    """BLEU of each model against the length of the source."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for name, of_run in groups.items():
+        middles = [(group.shortest + group.longest) / 2 for group in of_run]
+        axis.plot(middles, [group.bleu for group in of_run], label=name, lw=1.3, marker="o", ms=3)
+    axis.set(xlabel="symbols of the source", ylabel="BLEU", ylim=(0, None))
     axis.legend(frameon=False)
     return figure
 

@@ -170,8 +170,8 @@ class Job(ABC):
     def first_phase(self) -> int:
         """Steps of a phase before the training proper, as pre-training; 0 for none.
 
-        The options' steps and epochs count from its end, the learning rate's schedule starts anew
-        there, and nothing is evaluated before.
+        The options' steps and epochs count from its end, the optimiser and the learning rate's
+        schedule start anew there, and nothing is evaluated before.
         """
         return 0
 

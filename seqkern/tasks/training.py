@@ -114,6 +114,9 @@ class Trainer:
     def _update(self) -> tuple[float, int]:
         options, model = self.options, self.job.model
         stream, step, steps = self._phase()
+        if step == 0:
+            # Moments of the first phase's gradients would hold the next one back.
+            self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr_at(step, steps)
         first = (step * self.world + self.rank) * options.accumulate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -46,6 +47,15 @@ class Alignment(NamedTuple):
     source: tuple[str, ...]
     target: tuple[str, ...]
     weights: Tensor
+
+
+class LengthGroup(NamedTuple):
+    """BLEU of the sources of `shortest` to `longest` symbols, and how many these are."""
+
+    shortest: int
+    longest: int
+    sources: int
+    bleu: float
 
 
 # What the corpora known by name are read as; a user's own files say it by `--set`.
@@ -225,6 +235,36 @@ class TranslationJob(Job):
         cut = [[tokenize(t, tokens) for t in targets] for targets in answers.values()]
         rates = error_rates([tokenize(t, tokens) for t in found], cut)
         return scores | {"symbol_error": rates.symbol, "sequence_error": rates.sequence}
+
+    def bleu_by_length(self, part: str, *, beam: int = 4, groups: int = 5) -> list[LengthGroup]:
+        """BLEU of about equally many sources each, by how many symbols they have.
+
+        Sources of one length are in one group, so there may be fewer than `groups`.
+
+        Raises:
+            ValueError: the task is not scored by BLEU, or `groups` is below 1.
+        """
+        if not self.reading["bleu"] or groups < 1:
+            what = f"groups = {groups}" if self.reading["bleu"] else "a task scored by error rates"
+            raise ValueError(f"bleu_by_length needs BLEU and groups >= 1, got {what}")
+        answers = references(self.part(part))
+        found = dict(zip(answers, self.decode(list(answers), beam), strict=True))
+        lengths = {text: len(self.source.encode(text)) for text in answers}
+        ordered = sorted(lengths.values())
+        cuts = [ordered[len(ordered) * n // groups] for n in range(1, groups)]
+        members: list[list[str]] = [[] for _ in range(groups)]
+        for text, length in lengths.items():
+            members[bisect_right(cuts, length)].append(text)
+        return [
+            LengthGroup(
+                min(lengths[text] for text in texts),
+                max(lengths[text] for text in texts),
+                len(texts),
+                bleu([found[t] for t in texts], [answers[t] for t in texts], self.reading["bleu"]),
+            )
+            for texts in members
+            if texts
+        ]
 
     @torch.inference_mode()
     def mean_loss(self, pairs: Sequence[Pair], batch_size: int = 128) -> float:
