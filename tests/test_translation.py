@@ -1,6 +1,7 @@
 """Translation jobs: every model learns and has equal losses on both layers; what is decoded."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -180,12 +181,11 @@ def test_bleu_by_length(tmp_path):
     groups = job.bleu_by_length("test", groups=3)
     lengths = sorted(len(pair.source) for pair in job.data.test)
     assert sum(group.sources for group in groups) == len(lengths)
-    for before, after in zip(groups, groups[1:], strict=False):
+    for before, after in pairwise(groups):
         assert before.longest < after.shortest
     for group in groups:
-        texts = [
-            p.source for p in job.data.test if group.shortest <= len(p.source) <= group.longest
-        ]
+        span = range(group.shortest, group.longest + 1)
+        texts = [p.source for p in job.data.test if len(p.source) in span]
         right = [[" ".join(s)] for s in texts]
         assert group.sources == len(texts)
         assert group.bleu == pytest.approx(bleu(job.decode(texts, 4), right, "none"))
