@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import typer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from seqkern.cli.demo import demo
@@ -107,6 +108,22 @@ def test_early_stopping_keeps_the_best_weights(call, data, tmp_path):
     assert len(read_log(log_path(run))) == 8
     assert "done" in call(*TRAIN, "--run", run)
     assert len(read_log(log_path(run))) == 8
+
+
+def test_tensorboard_shows_losses_and_scores(call, data, tmp_path):
+    run = tmp_path / "run"
+    given = ["--set", "hidden=8", "--set", "evaluate_every=2", "--tensorboard"]
+    call(*TRAIN, "--run", run, "--data", data, "--steps", 4, *given)
+    events = EventAccumulator(str(run)).Reload()
+    shown = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+    losses = [(line["step"], line["loss"]) for line in read_log(log_path(run))]
+    assert shown["train/loss"] == [(n, pytest.approx(loss)) for n, loss in losses]
+    for name in ("loss", "sequence_error"):
+        scores = [(line["step"], line[name]) for line in read_log(scores_path(run))]
+        assert len(scores) == 2
+        assert shown[f"dev/{name}"] == [(n, pytest.approx(value)) for n, value in scores]
 
 
 def test_averaged_weights(call, data, tmp_path):
