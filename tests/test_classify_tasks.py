@@ -69,6 +69,44 @@ def test_a_classifier_learns_and_is_restored(model, layers, opinion_file, tmp_pa
         again.predict(["fine", " "])
 
 
+@pytest.mark.parametrize(
+    ("model", "sizes", "rows"),
+    [
+        ("self-attentive", {"rows": 2}, ("row 1", "row 2")),
+        ("self-attentive", {"kind": "heads", "heads": 2}, ("a", "great", "film")),
+        ("bilstm", {"pool": "attention", "attention": 8}, ("row 1",)),
+    ],
+)
+def test_weights_are_shown_by_word(model, sizes, rows, opinion_file):
+    """As the model gives them to the same sentence beside a longer one."""
+    job = make_job(JobSpec(model, "labelled", str(opinion_file), sizes=SMALL[model] | sizes))
+    run(job, steps=20)
+    found = job.align("A great film")
+    x = torch.zeros(2, 5, dtype=torch.int64)
+    x[0, :3] = torch.tensor(job.words.encode(found.source))
+    x[1], lengths = 5, torch.tensor([3, 5])
+    assert (found.source, found.target) == (("a", "great", "film"), rows)
+    assert found.weights.shape == (len(rows), 3)
+    torch.testing.assert_close(found.weights.sum(1), torch.ones(len(rows)))
+    with torch.no_grad():
+        if model == "bilstm":
+            expected = job.model.represent(x, lengths)[1][:1]
+        else:
+            expected = job.model.attend(x, lengths, need_weights=True).weights[0]
+    if "kind" in sizes:
+        expected = (expected[0] + expected[1])[:3] / 2  # of the heads
+    torch.testing.assert_close(found.weights, expected[:, :3])
+    with pytest.raises(ValueError, match="holds no word"):
+        job.align(" ")
+
+
+def test_a_model_without_attention_says_so(opinion_file):
+    for model in ("bilstm", "textcnn"):
+        job = make_job(JobSpec(model, "labelled", str(opinion_file), sizes=SMALL[model]))
+        with pytest.raises(ValueError, match=f"model '{model}' has no alignments"):
+            job.align("a great film")
+
+
 def test_loss_and_scores_of_a_batch(opinion_file):
     """By hand from the model's probabilities, sentences of unlike length in any order."""
     job = make_job(JobSpec("textcnn", "labelled", str(opinion_file), sizes=SMALL["textcnn"]))

@@ -15,12 +15,12 @@ from seqkern.cli import doctor
 from seqkern.cli.common import INTERRUPTED, Beam, progress_bar, user_errors
 from seqkern.tasks.compare import RUNS, Comparison, compare, train_in_turns
 from seqkern.tasks.data import references
-from seqkern.tasks.job import JobSpec
+from seqkern.tasks.job import Alignment, JobSpec
 from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.report import table_rows, write_report
 from seqkern.tasks.run import stop_on_signal
 from seqkern.tasks.training import Trainer
-from seqkern.tasks.translation import Alignment, TranslationJob
+from seqkern.tasks.translation import TranslationJob
 
 OPTION = typer.Option
 SHOWN = 6  # words with a heat-map

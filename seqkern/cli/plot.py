@@ -61,21 +61,17 @@ def _curves(runs: list[Path]):
 def _alignments(runs: list[Path], texts: list[str]):
     if not texts:
         raise ValueError("alignments need a source: --text TEXT, as often as you like")
-    job = _translator(runs[0], "alignments")
+    job = load_job(runs[0])
     return heat_maps([job.align(text) for text in texts])
-
-
-def _translator(run: Path, what: str) -> TranslationJob:
-    job = load_job(run)
-    if not isinstance(job, TranslationJob):
-        raise ValueError(f"model {job.spec.model!r} has no {what}: it does not translate")
-    return job
 
 
 def _lengths(runs: list[Path]) -> dict[str, list[LengthGroup]]:
     groups = {}
     for run, name in _names(runs).items():
-        groups[name] = _translator(run, "BLEU by length").bleu_by_length("test")
+        job = load_job(run)
+        if not isinstance(job, TranslationJob):
+            raise ValueError(f"model {job.spec.model!r} does not translate: it has no BLEU")
+        groups[name] = job.bleu_by_length("test")
         for group in groups[name]:
             print(
                 f"{name}: {group.shortest} to {group.longest} symbols, {group.sources} sources, "

@@ -153,6 +153,11 @@ class BiLSTMClassifier(nn.Module):
         past = padding_of(lengths, x.size(1)).unsqueeze(-1)
         return h.masked_fill(past, float("-inf")).max(1).values, None
 
+    def alignment(self, x: Tensor, lengths: Tensor) -> Tensor | None:
+        """What a sentence gives each word, a (B, 1, T), where pool is "attention"."""
+        a = self.represent(x, lengths)[1]
+        return None if a is None else a.unsqueeze(1)
+
     def loss(self, x: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
         """Mean of -log p(label) over the sentences, labels (B,) int64; 0-d, in nats."""
         return F.cross_entropy(self(x, lengths), labels)

@@ -26,7 +26,7 @@ products of r rows on either: seqkern has no kernel for r vectors that share one
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,11 @@ class SelfAttentive(nn.Module):
         if a is not None:
             a = a.masked_fill(past[:, None, :, None], 0)
         return Attended(z.max(1).values, a)
+
+    def alignment(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """What a sentence's rows give each word: A (B, r, T), or (B, T, T), the mean over heads."""
+        weights = cast(Tensor, self.attend(x, lengths, need_weights=True).weights)
+        return weights if self.config.kind == "structured" else weights.mean(1)
 
     def loss(self, x: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
         """Mean over the sentences of -log p(label) + C P, labels (B,) int64; 0-d, in nats."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from seqkern.tasks.batches import pad_sources
 from seqkern.tasks.corpora import corpus_folder
 from seqkern.tasks.iob import read_snips
-from seqkern.tasks.job import Job, Parts
+from seqkern.tasks.job import Alignment, Job, Parts
 from seqkern.tasks.labelled import (
     Labelled,
     carve_dev,
@@ -189,11 +189,32 @@ class ClassifyJob(Job):
         Raises:
             ValueError: a text holds no word.
         """
-        sentences = [words_of(text, self.reading["words"]) for text in texts]
-        for text, words in zip(texts, sentences, strict=True):
-            if not words:
-                raise ValueError(f"cannot classify {text!r}: it holds no word")
+        sentences = [self._words_in(text) for text in texts]
         return [self.labels[i] for i in self.log_p(sentences).argmax(-1).tolist()]
+
+    def _words_in(self, text: str) -> tuple[str, ...]:
+        if words := words_of(text, self.reading["words"]):
+            return words
+        raise ValueError(f"cannot classify {text!r}: it holds no word")
+
+    @torch.inference_mode()
+    def align(self, text: str) -> Alignment:
+        """What each row of a model with attention gives the words. Where every word attends to
+        all, these are the rows' names.
+
+        Raises:
+            ValueError: the model has no attention, or the text holds no word.
+        """
+        words = self._words_in(text)
+        x, lengths = pad_sources([self.words.encode(words)])
+        self.model.eval()
+        measure = getattr(self.model, "alignment", None)
+        weights = measure(x.to(self.device), lengths.to(self.device)) if measure else None
+        if weights is None:
+            return super().align(text)
+        names = tuple(f"row {n + 1}" for n in range(weights.size(1)))
+        by_word = getattr(self.model.config, "kind", "") == "heads"
+        return Alignment(words, words if by_word else names, weights[0].cpu())
 
 
 def _labelled(data: str, reading: dict[str, Any], seed: int) -> Parts:

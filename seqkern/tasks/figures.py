@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from seqkern.tasks.checkpoint import write_atomically
-from seqkern.tasks.translation import Alignment, LengthGroup
+from seqkern.tasks.job import Alignment
+from seqkern.tasks.translation import LengthGroup
 
 P = ParamSpec("P")
 STYLE = {
@@ -115,7 +116,7 @@ def length_curves(groups: Mapping[str, Sequence[LengthGroup]]) -> Figure:
 
 @styled
 def heat_maps(alignments: Sequence[Alignment], columns: int = 3) -> Figure:
-    """Alignments side by side: targets downwards, sources across; a row sums to 1."""
+    """Alignments side by side: rows downwards, sources across."""
     columns = min(columns, len(alignments))
     rows = -(-len(alignments) // columns)
     space = ConstrainedLayoutEngine(wspace=0.06, hspace=0.08)

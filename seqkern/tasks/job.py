@@ -68,6 +68,15 @@ class Parts(NamedTuple):
     test: list
 
 
+class Alignment(NamedTuple):
+    """What a model attends to in one source: the source's symbols, a name for each row (one more
+    row may follow, EOS's), and weights (rows, symbols), of which a row sums to 1."""
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    weights: Tensor
+
+
 class Job(ABC):
     """A model with the data it learns from, its loss and its scores.
 
@@ -157,6 +166,14 @@ class Job(ABC):
     @abstractmethod
     def predict(self, texts: Sequence[str], **options: Any) -> list[str]:
         """One line of answer for each line of input."""
+
+    def align(self, text: str) -> Alignment:
+        """What the model attends to in a text.
+
+        Raises:
+            ValueError: the model attends to nothing.
+        """
+        raise ValueError(f"model {self.spec.model!r} has no alignments: it attends to no text")
 
     def scorer(self) -> str:
         """What computes the scores, as precisely as two papers would have to agree on it."""

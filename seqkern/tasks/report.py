@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator
 from seqkern.tasks.checkpoint import write_atomically
 from seqkern.tasks.compare import Comparison, Result
 from seqkern.tasks.figures import STYLE, heat_maps, smooth
-from seqkern.tasks.translation import Alignment
+from seqkern.tasks.job import Alignment
 
 COLOURS = {"torch": "#8a8f98", "seqkern": "#c2410c"}
 NAMES = {"torch": "torch.nn", "seqkern": "seqkern.nn"}

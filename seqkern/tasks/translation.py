@@ -23,7 +23,7 @@ from seqkern.tasks.data import (
     split_by_source,
 )
 from seqkern.tasks.decoding import beam_search, decode
-from seqkern.tasks.job import Job, Parts
+from seqkern.tasks.job import Alignment, Job, Parts
 from seqkern.tasks.metrics import bleu, bleu_signature, error_rates
 from seqkern.tasks.registry import build_model
 from seqkern.tasks.sides import Side, tokenize
@@ -39,14 +39,6 @@ class PairBatch(NamedTuple):
     y: Tensor
     units: int
     rows: int
-
-
-class Alignment(NamedTuple):
-    """Symbols of one source and its decoded target, weights (Ly, Tx) with EOS's row last."""
-
-    source: tuple[str, ...]
-    target: tuple[str, ...]
-    weights: Tensor
 
 
 class LengthGroup(NamedTuple):
@@ -284,7 +276,8 @@ class TranslationJob(Job):
         return "Levenshtein distance to the nearest reference (rapidfuzz)"
 
     def align(self, text: str, beam: int = 4) -> Alignment:
-        """The best target of a source with its alignment, of a model that has one."""
+        """The best target of a source with its alignment, of a model that has one; the last row
+        is EOS's."""
         numbers = self.source.known(text)
         x, lengths = pad_sources([numbers])
         self.model.eval()
