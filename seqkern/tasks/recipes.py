@@ -93,6 +93,13 @@ _RETRIEVAL = {
 
 _LISTOPS = {"arguments": 4, "operators": ("MAX", "MIN")}
 _LISTOPS_SIZES = {"hidden": 48}
+_SST_GRAPHS = {
+    "embedding": 100,
+    "hidden": 100,
+    "rounds": 8,
+    "readout": "nodes",
+    "dropout": 0.3,
+}
 _LISTOPS_TRAINING = {
     "epochs": 6,
     "batch_size": 32,
@@ -453,6 +460,23 @@ RECIPES: dict[str, Recipe] = {
         reading=_LISTOPS | {"depth": 2, "nested": 0.5, "examples": 2000},
         options=_LISTOPS_TRAINING | {"evaluate_every": 63},
     ),
+    **{
+        name: Recipe(
+            "graph",
+            "sst",
+            score="accuracy",
+            target=target,
+            published=f"none of graphs; it stands beside {other}",
+            source="an estimate",
+            sizes=_SST_GRAPHS | {"edges": edges},
+            reading={"min_count": 2},
+            options=_LISTOPS_TRAINING | {"lr": 8e-3, "epochs": 4, "evaluate_every": 267},
+        )
+        for name, other, target, edges in (
+            ("graph-sst", "graph-sst-bag, which has no edges", 0.38, True),
+            ("graph-sst-bag", "graph-sst, which has edges", 0.25, False),
+        )
+    },
     "graph-atis": Recipe(
         "graph",
         "atis-parses",
