@@ -88,7 +88,7 @@ def test_a_file_is_split_and_a_folder_has_its_parts(tmp_path):
     assert job.data == (["x", "y", "x", "</s>"], ["y", "z", "</s>"], ["x", "</s>"])
     assert job._numbers(job.data.dev).tolist() == [BOS, 5, 3, EOS]  # z is unknown
     (tmp_path / "valid.txt").unlink()
-    with pytest.raises(ValueError, match=r"has none of valid\.txt"):
+    with pytest.raises(ValueError, match=r"holds no valid\.txt or dev\.txt"):
         job_of("nnlm", tmp_path)
     with pytest.raises(ValueError, match="text file or a folder of them, got 'nowhere'"):
         job_of("nnlm", "nowhere")

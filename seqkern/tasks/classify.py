@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqkern.tasks.batches import pad_sources
-from seqkern.tasks.corpora import corpus_folder
+from seqkern.tasks.corpora import corpus_folder, needed_file
 from seqkern.tasks.iob import read_snips
 from seqkern.tasks.job import Alignment, Job, Parts
 from seqkern.tasks.labelled import (
     Labelled,
     carve_dev,
-    needed_file,
     read_clinc150,
     read_csv,
     read_labelled_parts,

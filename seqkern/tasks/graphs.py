@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from seqkern.models.graph import Graph, GraphConfig, GraphNet, Graphs
 from seqkern.tasks import trees
 from seqkern.tasks.conllu import read_conllu
-from seqkern.tasks.corpora import corpus_folder
+from seqkern.tasks.corpora import corpus_folder, needed_file
 from seqkern.tasks.job import Job, Parts
-from seqkern.tasks.labelled import needed_file
 from seqkern.tasks.treebank import LabelledTree
 from seqkern.tasks.trees import LEFT_OUT, ROWS, label_scores, numbers_of
 from seqkern.tasks.vocab import Labels, Vocab

@@ -7,8 +7,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
+from seqkern.tasks.corpora import needed_file, part_file
 from seqkern.tasks.job import Parts
-from seqkern.tasks.labelled import carve_dev, needed_file, part_file, split
+from seqkern.tasks.labelled import carve_dev, split
 from seqkern.tasks.lines import malformed, read_lines
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from seqkern.tasks.corpora import part_file
 from seqkern.tasks.job import Parts
 from seqkern.tasks.lines import malformed, read_lines
 
@@ -42,23 +43,6 @@ def words_of(text: str, words: str = "clean") -> tuple[str, ...]:
     if words not in WORDS:
         raise ValueError(f"words must be one of {WORDS}, got {words!r}")
     return tuple(WORD.findall(text.lower()) if words == "clean" else text.split())
-
-
-def part_file(folder: str | Path, *names: str) -> Path | None:
-    """The first of these files that a folder holds, with .gz after its name or without."""
-    for name in names:
-        for path in (Path(folder) / name, Path(folder) / f"{name}.gz"):
-            if path.is_file():
-                return path
-    return None
-
-
-def needed_file(folder: str | Path, *names: str) -> Path:
-    """`part_file`, or a ValueError that says what is missing."""
-    path = part_file(folder, *names)
-    if path is None:
-        raise ValueError(f"{folder} holds no {' or '.join(names)}, nor one that ends in .gz")
-    return path
 
 
 def read_labelled(path: str | Path, words: str = "clean") -> list[Labelled]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqkern.models.rnnlm import RNNLM, gradient_norms
-from seqkern.tasks.corpora import corpus_folder
+from seqkern.tasks.corpora import corpus_folder, multi30k_files, needed_file, part_file
 from seqkern.tasks.job import Job, Parts
 from seqkern.tasks.lines import read_lines
 from seqkern.tasks.registry import build_model
@@ -135,14 +135,9 @@ def read_user_text(data: str, tokens: str) -> Parts:
         return split_text(read_text(path, tokens))
     if not data or not path.is_dir():
         raise ValueError(f"data must be a text file or a folder of them, got {data!r}")
-    found = []
-    for names in (("train",), ("valid", "dev"), ("test",)):
-        files = [path / f"{name}{end}" for name in names for end in (".txt", ".txt.gz")]
-        present = [file for file in files if file.is_file()]
-        if not present and names != ("test",):
-            raise ValueError(f"{data}: has none of {', '.join(file.name for file in files)}")
-        found.append(read_text(present[0], tokens) if present else [])
-    return Parts(*found)
+    train, dev = needed_file(path, "train.txt"), needed_file(path, "valid.txt", "dev.txt")
+    test = part_file(path, "test.txt")
+    return Parts(*(read_text(part, tokens) if part else [] for part in (train, dev, test)))
 
 
 def _tinyshakespeare(root: str, tokens: str) -> Parts:
@@ -151,9 +146,7 @@ def _tinyshakespeare(root: str, tokens: str) -> Parts:
 
 
 def _multi30k(root: str, tokens: str) -> Parts:
-    folder = corpus_folder(root, "multi30k") / "tok"
-    names = ("train", "val", "test_2016_flickr")
-    return Parts(*(read_text(folder / f"{name}.lc.norm.tok.en.gz", tokens) for name in names))
+    return Parts(*(read_text(path, tokens) for path in multi30k_files(root, "en")))
 
 
 READERS: dict[str, Callable[[str, str], Parts]] = {

@@ -15,10 +15,10 @@ from seqkern.models.tagger import Spellings
 from seqkern.tasks.batches import pad, pad_sources
 from seqkern.tasks.classify import WordDrop
 from seqkern.tasks.conllu import read_conllu
-from seqkern.tasks.corpora import corpus_folder
+from seqkern.tasks.corpora import corpus_folder, needed_file, part_file
 from seqkern.tasks.iob import TaggedSentence, read_column_parts, read_snips
 from seqkern.tasks.job import Job, JobSpec, Parts
-from seqkern.tasks.labelled import carve_dev, needed_file, part_file, split
+from seqkern.tasks.labelled import carve_dev, split
 from seqkern.tasks.libraries import library
 from seqkern.tasks.registry import build_model
 from seqkern.tasks.vocab import Labels, Vocab

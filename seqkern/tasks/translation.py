@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqkern.tasks.batches import pad, pad_sources
-from seqkern.tasks.corpora import corpus_folder
+from seqkern.tasks.corpora import corpus_folder, multi30k_files
 from seqkern.tasks.data import (
     Pair,
     read_cmudict,
@@ -289,15 +289,8 @@ class TranslationJob(Job):
 
 
 def _multi30k(root: str) -> Parts:
-    folder = corpus_folder(root, "multi30k") / "tok"
-    parts = {"train": "train", "dev": "val", "test": "test_2016_flickr"}
-    names = {part: f"{name}.lc.norm.tok" for part, name in parts.items()}
-    return Parts(
-        **{
-            part: read_parallel(folder / f"{name}.de.gz", folder / f"{name}.en.gz")
-            for part, name in names.items()
-        }
-    )
+    sides = (multi30k_files(root, language) for language in ("de", "en"))
+    return Parts(*map(read_parallel, *sides))
 
 
 def _tatoeba(root: str) -> Parts:

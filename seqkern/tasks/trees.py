@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from seqkern.models.treelstm import Forest, Tree, TreeLSTM, TreeLSTMConfig
 from seqkern.tasks import listops
-from seqkern.tasks.corpora import corpus_folder
+from seqkern.tasks.corpora import corpus_folder, needed_file
 from seqkern.tasks.job import Job, Parts
-from seqkern.tasks.labelled import needed_file
 from seqkern.tasks.libraries import library
 from seqkern.tasks.treebank import LabelledTree, parse_tree, read_trees
 from seqkern.tasks.vocab import Labels, Vocab
