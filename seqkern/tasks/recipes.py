@@ -372,7 +372,7 @@ RECIPES: dict[str, Recipe] = {
         source="an estimate",
         sizes={"embedding": 64, "hidden": 160, "depth": 1},
         reading={"window": 48},
-        options=_SMALL,
+        options=_SMALL | {"lr": 2.5e-2},  # the best of six; 5e-3 leaves it at 1.81
         part="dev",
     ),
     "nnlm-multi30k": Recipe(
