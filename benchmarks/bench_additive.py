@@ -11,11 +11,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks import additive_cases
+from benchmarks import additive_cases, device
 from benchmarks.additive_cases import EAGER, OURS, Case, Problem, exact, forwards, make_problem
-from benchmarks.bench_attention import DEVICE, GPU, repeated, wait
 from benchmarks.bench_recurrent import race
 from benchmarks.contestants import Contestant
+from benchmarks.device import DEVICE, GPU, repeated, wait
 
 # torch.compile warns of its own use of torch.jit.
 QUIET = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
@@ -85,7 +85,7 @@ def test_case(
         tanhs=case.tanhs,
         tanh_rate=tanh_rate,
         error_over_budget=round(error, 3),
-        device=torch.cuda.get_device_name() if GPU else "cpu",
+        device=device.name(),
         peak_bytes=peaks(p),
         samples={
             entry.name: {

@@ -4,7 +4,6 @@ On a GPU the whole list; without one a dry run of small sizes, which shows that 
 nothing about the kernels. `python -m benchmarks.attention_table RESULTS.json` makes the table.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks import paired
+from benchmarks import device
 from benchmarks.attention_cases import (
     EAGER,
     OURS,
@@ -27,32 +26,11 @@ from benchmarks.attention_cases import (
 )
 from benchmarks.bench_recurrent import race
 from benchmarks.contestants import Contestant
+from benchmarks.device import DEVICE, GPU, repeated
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 CASES = gpu_cases() if GPU else cpu_cases()
-# What one sample is to last, so that a wait for the device is a small part of it.
-SAMPLE_SECONDS = 4e-3 if GPU else 1e-4
 
 pytestmark = [pytest.mark.gpu] if GPU else []
-
-
-def wait() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
-def repeated(run: Callable[[], object]) -> tuple[Callable[[], None], int]:
-    """So many calls, and a wait for the device, that they make a sample; and how many."""
-    wait()
-    times = max(1, round(SAMPLE_SECONDS / paired.seconds_of_one_call(lambda: (run(), wait()))))
-
-    def repeat() -> None:
-        for _ in range(times):
-            run()
-        wait()
-
-    return repeat, times
 
 
 def entrants(p: Problem) -> tuple[dict[str, Contestant], dict[str, int], dict[str, str]]:
@@ -94,11 +72,7 @@ def check(p: Problem, entries: dict[str, Contestant]) -> float:
 @pytest.fixture(scope="session")
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a copy that no cache holds."""
-    size = 2**30 if GPU else 2**24
-    x = torch.ones(size, dtype=torch.uint8, device=DEVICE)
-    y = torch.empty_like(x)
-    seconds = paired.seconds_of_one_call(lambda: (y.copy_(x), wait()))
-    return 2 * size / seconds
+    return device.copy_rate(2**30 if GPU else 2**24)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -122,7 +96,7 @@ def test_case(
         cache_bytes=case.cache_bytes,
         copy_bandwidth=copy_bandwidth,
         error_over_budget=round(error, 3),
-        device=torch.cuda.get_device_name() if GPU else "cpu",
+        device=device.name(),
         refused=refused,
         samples={
             name: {"wall_us": [1e6 * s / calls[name] for s in sample.wall]}
