@@ -2,7 +2,10 @@
 instructions against a budget. Nothing here runs on a GPU."""
 
 import functools
+import json
+import os
 import re
+import subprocess
 
 import pytest
 import torch
@@ -35,6 +38,20 @@ PASSED = {
     "cluster": {"STAS.128": None, "SYNCS": None, "UCGABAR_ARV": 1},
     "grid": {"STG.E.64.STRONG.GPU": 1, "LDG.E.64.STRONG.GPU": 4},
 }
+
+
+def output(command: list[str]) -> str:
+    """What a tool prints; it has to succeed. cuobjdump looks for nvdisasm on the path."""
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PATH": f"{binaries.TOOLS}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 @functools.cache
@@ -150,3 +167,27 @@ def test_the_order_of_the_skeletons():
     assert tried(512) == ["cluster", "grid"]
     assert tried(1024) == ["grid"]
     assert tried(4096) == []
+
+
+@needs_nvcc
+def test_the_benchmark_of_the_exchanges_compiles(tmp_path):
+    """For both kinds of cards, and with their own instructions; it measures where there is a GPU,
+    and elsewhere says what is missing."""
+    source, program = assembled.ROOT / "benchmarks/exchange.cu", tmp_path / "exchange"
+    cards = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ("80", "90a")]
+    flags = ["-O3", "-std=c++17", f"-I{assembled.ROOT / 'csrc'}", *cards]
+    said = output([f"{CUDA_HOME}/bin/nvcc", *flags, str(source), "-o", str(program)])
+    assert "warning" not in said, said
+    for card, wanted in (("sm_80", set()), ("sm_90a", {"STAS.128"})):
+        code = output([f"{binaries.TOOLS}/cuobjdump", "-sass", "-arch", card, str(program)])
+        found = set(re.findall(r"\b(?:STAS\.128|\w+\.E\.64\.STRONG\.GPU)", code))
+        assert found == {"LDG.E.64.STRONG.GPU", "STG.E.64.STRONG.GPU", *wanted}, card
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=60)
+    if not torch.cuda.is_available():
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("exchange: no CUDA device: ")
+        return
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["exchange"] for line in lines} == {"block", "cluster", "grid"}
+    assert all(line.get("ns_per_step", 1) > 0 for line in lines)
