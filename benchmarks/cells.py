@@ -44,6 +44,11 @@ class Cell:
         return f"B{self.B} T{self.T} H{self.H}" + (f" P{self.P}" if self.P else "")
 
     @property
+    def layers(self) -> int:
+        """Stacked ones: here one, so that a record of a cell needs no such field."""
+        return 1
+
+    @property
     def lengths(self) -> list[int]:
         """Length of each sequence, longest first."""
         if not self.ragged or self.B == 1:

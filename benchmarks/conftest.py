@@ -10,6 +10,7 @@ import pytest
 
 import seqkern
 from benchmarks import limits as machine_limits
+from benchmarks import recurrent_gpu_cases
 from benchmarks.cells import GRIDS, ROWS
 
 LIMITS = pytest.StashKey[machine_limits.Limits]()
@@ -18,9 +19,13 @@ LIMITS = pytest.StashKey[machine_limits.Limits]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("seqkern benchmarks")
     group.addoption("--grid", choices=sorted(GRIDS), default="quick", help="which cells")
+    rows = [row.key for row in (*ROWS, *recurrent_gpu_cases.ROWS)]
+    group.addoption("--row", choices=rows, action="append", help="only these rows")
+    group.addoption("--slice", default="1/1", help="part I of N of the cells on a GPU: I/N")
     group.addoption(
-        "--row", choices=[row.key for row in ROWS], action="append", help="only these rows"
+        "--within", type=float, default=math.inf, help="seconds to begin cells on a GPU in"
     )
+    group.addoption("--records", help="file to add a line for each cell on a GPU to")
     group.addoption(
         "--longest",
         type=float,

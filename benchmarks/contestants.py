@@ -24,11 +24,14 @@ class Contestant:
 
     Inference is timed inside one `torch.no_grad()`, as a server runs it: entering it takes a fifth
     of a short call.
+
+    dtype: that it computes in, where it is not the cell's.
     """
 
     name: str
     run: Callable[[], object]
     outputs: Callable[[], Outputs]
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,28 +44,33 @@ class Problem:
     batch_sizes: torch.Tensor | None
 
 
-def make_problem(cell: Cell, seed: int = 0) -> Problem:
+def make_problem(cell: Cell, seed: int = 0, device: str = "cpu") -> Problem:
     """Weights and inputs of a cell, rounded to its dtype so that no contestant gains by it."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, cell.dtype)
-    module = torch_module(cell)
+    module = torch_module(cell, device=device)
     for weight in module.parameters():
         bound = cell.H**-0.5
         weight.data.uniform_(-bound, bound, generator=generator)
     module.to(dtype).double()
-    x = torch.randn(cell.T, cell.B, cell.H, generator=generator).to(dtype).double()
+    x = torch.randn(cell.T, cell.B, cell.H, generator=generator, device=device)
+    x = x.to(dtype).double()
     batch_sizes = None
     if cell.ragged:
         packed = pack_padded_sequence(x, torch.tensor(cell.lengths))
         x, batch_sizes = packed.data, packed.batch_sizes
     out = cell.directions * (cell.P or cell.H)
-    dy = torch.randn(*x.shape[:-1], out, generator=generator).to(dtype).double()
-    return Problem(module, x, dy, batch_sizes)
+    dy = torch.randn(*x.shape[:-1], out, generator=generator, device=device)
+    return Problem(module, x, dy.to(dtype).double(), batch_sizes)
 
 
-def torch_module(cell: Cell, namespace: ModuleType = torch.nn) -> torch.nn.RNNBase:
+def torch_module(
+    cell: Cell, namespace: ModuleType = torch.nn, device: str | torch.device = "cpu"
+) -> torch.nn.RNNBase:
     """The module of a cell from torch.nn or from another namespace with the same classes."""
-    options: dict[str, Any] = {"bidirectional": cell.directions == 2}
+    options: dict[str, Any] = {"bidirectional": cell.directions == 2, "device": device}
+    if cell.layers > 1:
+        options["num_layers"] = cell.layers
     if cell.mode.startswith("RNN"):
         options["nonlinearity"] = cell.mode[4:].lower()
         return namespace.RNN(cell.H, cell.H, **options)
@@ -75,11 +83,18 @@ def module_contestant(
     name: str, cell: Cell, problem: Problem, namespace: ModuleType, dtype: torch.dtype
 ) -> Contestant:
     """The cell through a module of `namespace`: inference, training, or one step with state."""
-    module = torch_module(cell, namespace)
+    module = torch_module(cell, namespace, problem.x.device)
     module.load_state_dict(problem.module.state_dict())
     module.to(dtype)
     if name == PREPACKED:
         module.prepack()
+    return contestant_of(name, cell, problem, module, dtype)
+
+
+def contestant_of(
+    name: str, cell: Cell, problem: Problem, module: torch.nn.Module, dtype: torch.dtype
+) -> Contestant:
+    """The cell through a module that has the problem's weights, in `dtype`."""
     x, dy = problem.x.to(dtype), problem.dy.to(dtype)
     if cell.kind == "training":
         return _training(name, module, x, dy, problem.batch_sizes)

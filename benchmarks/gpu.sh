@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Builds, tests and measures seqkern on a GPU machine, against the torch that is found there.
 #
-#   benchmarks/gpu.sh [--dry-run] OUTDIR [build|test|bench]
+#   benchmarks/gpu.sh [--dry-run] OUTDIR [build|test|bench|bench-recurrent|bench-recurrent=I/N]
 #
-# Without PART all three run in turn. Each ends within nine minutes and writes OUTDIR/PART.json
-# (status, seconds, counts) and OUTDIR/PART.log; bench adds pytest-benchmark's benchmarks.json.
-# Nothing is downloaded and nothing outside OUTDIR and build/ is written. A dry run, which is what
-# a machine without a GPU gets, goes the same way on the CPU with one small row of the benchmarks.
-# PYTHON names another interpreter than python3.
+# Without PART the first four run in turn. Each ends within nine minutes and writes OUTDIR/PART.json
+# (status, seconds, counts) and OUTDIR/PART.log; bench adds pytest-benchmark's benchmarks.json,
+# bench-recurrent a line of recurrent.jsonl for each cell, and exchange.json where there is nvcc.
+# bench-recurrent takes cells that stand for the others; with I/N it is part I of N of all cells,
+# and its files are named by that. Nothing is downloaded and nothing outside OUTDIR and build/ is
+# written. A dry run, which is what a machine without a GPU gets, goes the same way on the CPU with
+# small benchmarks. PYTHON names another interpreter than python3.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
@@ -19,7 +21,8 @@ DRY=0
 usage() { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }
 if [ "${1:-}" = --dry-run ]; then DRY=1; shift; fi
 [ $# -ge 1 ] && [ $# -le 2 ] || usage
-case "${2:-all}" in build | test | bench | all) ;; *) usage ;; esac
+PARTS='^(build|test|bench|bench-recurrent(=[1-9][0-9]*/[1-9][0-9]*)?|all)$'
+[[ ${2:-all} =~ $PARTS ]] || usage
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 1
 PART=${2:-all}
 
@@ -63,9 +66,8 @@ pytest() { OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$ENVIRONMENT/bin/python" -m py
 test_part() { pytest -m gpu --junitxml="$OUT/test.xml" tests; }
 
 bench() {
-  local selection=(-m gpu benchmarks/bench_*.py)
-  [ "$DRY" = 0 ] ||
-    selection=(benchmarks/bench_attention.py benchmarks/bench_additive.py --grid tiny)
+  local selection=(benchmarks/bench_attention.py benchmarks/bench_additive.py)
+  [ "$DRY" = 0 ] || selection+=(--grid tiny)
   # With no benchmark selected there is nothing to save, which status 5 says already. The compiler
   # of PyTorch, which is a peer, uses parts of PyTorch that are deprecated.
   pytest --junitxml="$OUT/bench.xml" --benchmark-json="$OUT/benchmarks.json" --budget=0.5 \
@@ -77,6 +79,43 @@ bench() {
   [ "$DRY" = 1 ] || return "$status"
   "$ENVIRONMENT/bin/python" -m benchmarks --grid tiny --row "$ROW" --budget 0.01 --out "$OUT" ||
     return 1
+  return "$status"
+}
+
+# The exchanges alone, which the limits need. Without nvcc the table goes without.
+exchange() {
+  local nvcc arch
+  nvcc=$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")
+  [ -x "$nvcc" ] || { echo "gpu.sh: no nvcc, so the exchanges are not measured"; return 0; }
+  arch=$("$PYTHON" -c 'import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"sm_{major}{minor}" + "a" * (major >= 9))')
+  timeout 60 "$nvcc" -O3 -std=c++17 "-arch=$arch" -Icsrc benchmarks/exchange.cu -o build/exchange &&
+    timeout 30 build/exchange >"$OUT/exchange.json"
+}
+
+# A slice's cells are many, so that what has not begun in time is left out, and said to be; the
+# records are written one by one, for a run that has to be ended.
+bench_recurrent() {
+  local selection=(--grid quick) name=recurrent exchanges=() status=0
+  if [ "$DRY" = 1 ]; then
+    selection=(--grid tiny)
+    echo "gpu.sh: the exchanges are not measured in a dry run"
+  else
+    exchange || { echo "gpu.sh: exchange.cu failed"; status=1; }
+    [ ! -s "$OUT/exchange.json" ] || exchanges=(--exchange "$OUT/exchange.json")
+  fi
+  if [ -n "$SLICE" ]; then
+    name=recurrent-${SLICE/\//-of-}
+    selection+=(--slice "$SLICE")
+    [ "$DRY" = 1 ] || selection+=(--grid full)
+  fi
+  rm -f "$OUT/$name.jsonl"
+  pytest --junitxml="$OUT/bench-$name.xml" --records="$OUT/$name.jsonl" --budget=0.25 \
+    --within=400 --benchmark-quiet -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning \
+    "${selection[@]}" benchmarks/bench_recurrent_gpu.py || status=$?
+  "$ENVIRONMENT/bin/python" -m benchmarks.recurrent_gpu_table "${exchanges[@]}" \
+    "$OUT"/recurrent*.jsonl || return 1
   return "$status"
 }
 
@@ -117,16 +156,19 @@ run_part() {
 }
 
 ROW=lstm-f32-inference-step
+SLICE=
+case "$PART" in bench-recurrent=*) SLICE=${PART#*=} PART=bench-recurrent ;; esac
 export PYTHONSAFEPATH=1
-export ENVIRONMENT PYTHON OUT DRY ROW
-export -f build pytest test_part bench
+export ENVIRONMENT PYTHON OUT DRY ROW SLICE
+export -f build pytest test_part bench exchange bench_recurrent
 
 failed=0
 [ "$PART" = build ] || [ "$PART" = all ] || [ -x "$ENVIRONMENT/bin/python" ] || PART="build $PART"
-[ "$PART" != all ] || PART="build test bench"
+[ "$PART" != all ] || PART="build test bench bench-recurrent"
 for part in $PART; do
-  function=$part
+  function=${part/-/_}
   [ "$part" != test ] || function=test_part
+  [ "$part" != bench-recurrent ] || [ -z "$SLICE" ] || part+=-${SLICE/\//-of-}
   run_part "$part" "$function" || failed=1
 done
 exit "$failed"

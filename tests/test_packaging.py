@@ -286,20 +286,28 @@ def test_gpu_script_runs_dry(tmp_path):
     script, out = ROOT / "benchmarks/gpu.sh", tmp_path / "out"
     done = run(script, "--dry-run", out, cwd=tmp_path, PYTHON=sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("build", "test", "bench"):
+    for part in ("build", "test", "bench", "bench-recurrent"):
         result = json.loads((out / f"{part}.json").read_text())
         assert result["status"] in {"passed", "nothing selected"}, part
         assert result["dry_run"] is True
     measured = json.loads((out / "lstm-f32-inference-step.json").read_text())
     assert measured["benchmarks"]
     assert "decode-full" in (out / "bench.log").read_text()
+    assert "A dry run" in (out / "bench-recurrent.log").read_text()
+    done = run(
+        script, "--dry-run", out, "bench-recurrent=2/12", cwd=tmp_path, PYTHON=sys.executable
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((out / "bench-recurrent-2-of-12.json").read_text())["counts"]["tests"] == 2
+    assert len((out / "recurrent-2-of-12.jsonl").read_text().splitlines()) == 2
     assert "seqkern::recurrent " in (out / "build.log").read_text()
 
 
 def test_gpu_script_refuses_an_unknown_part(tmp_path):
-    done = run(ROOT / "benchmarks/gpu.sh", tmp_path, "everything", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "OUTDIR [build|test|bench]" in done.stderr
+    for part in ("everything", "bench-recurrent=0/3", "bench-recurrent=1/2/3"):
+        done = run(ROOT / "benchmarks/gpu.sh", tmp_path, part, cwd=tmp_path)
+        assert done.returncode == 2, part
+        assert "OUTDIR [build|test|bench|bench-recurrent|" in done.stderr
 
 
 @pytest.fixture
