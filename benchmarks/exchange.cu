@@ -42,7 +42,7 @@ exchange_steps(const Sequence s, int64_t steps, int* wrong) {
     const int me = plan.members > 1 ? device::block_x() : 0;
     for (int i = thread; i < all; i += threads)
       for (int c = 0; c < X::kCopies; ++c)
-        copies[c * copy + at(i)].bits = owner(i) == me ? uint16_t(1 + me) : 0;
+        device::store(copies + c * copy + at(i), bf16{uint16_t(owner(i) == me ? 1 + me : 0)});
     const X exchange(s, device::shared_memory());
     device::sync_threads();
     exchange.template prepare<bf16, R>();
@@ -54,7 +54,7 @@ exchange_steps(const Sequence s, int64_t steps, int* wrong) {
     device::sync_threads();
     const bf16* const last = copies + steps % X::kCopies * copy;
     for (int i = thread; i < all; i += threads)
-      if (last[at(i)].bits != 1 + owner(i)) atomicAdd(wrong, 1);
+      if (device::load(last + at(i)).bits != 1 + owner(i)) atomicAdd(wrong, 1);
   }
 }
 
