@@ -29,11 +29,13 @@ def line(recipe: str, results: list[dict]) -> str:
     verdict = "reached" if not missed else "**missed**"
     if 0 < missed < len(results):
         verdict = f"**missed by {missed} of {len(results)}**"
+    target = f"beside `{row.beside}` |" if row.target is None else f"{row.target:g} | {verdict}"
     seconds = mean(result["seconds"] for result in results)
     seeds = ", ".join(str(result["seed"]) for result in results)
+    published = f"{row.published}: {row.source}" if row.published else ""
     return (
-        f"| `{recipe}` | {row.model} | {row.task} | {row.score} {shown} | {row.target:g} | "
-        f"{verdict} | {row.published}: {row.source} | {seeds} | {seconds:.0f} |"
+        f"| `{recipe}` | {row.model} | {row.task} | {row.score} {shown} | {target} | "
+        f"{published} | {seeds} | {seconds:.0f} |"
     )
 
 

@@ -203,6 +203,14 @@ def test_reproduce(call, data, tmp_path, monkeypatch):
         assert result["steps"] == 60
         assert result["seconds"] > 0
     assert results[0]["scores"]["loss"] != results[1]["scores"]["loss"]
+    compared = replace(recipe, target=None, published="", beside="g2p")
+    monkeypatch.setitem(recipes.RECIPES, "toy", compared)
+    out = call("reproduce", "toy", "--data", data, "--out", tmp_path)
+    assert "to be compared with g2p" in out
+    assert "published" not in out
+    again = json.loads((tmp_path / "toy-seqkern-1/result.json").read_text())
+    assert (again["target"], again["reached"]) == (None, None)
+    assert again["score"] == results[0]["score"]
     assert "toy" in call("reproduce")
     assert "recipe must be one of" in call("reproduce", "unheard-of", status=2)
 

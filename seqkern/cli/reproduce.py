@@ -60,9 +60,14 @@ def _run(recipe: str, data: str, seed: int, layers: str, folder: Path) -> Result
 
 
 def _show(result: Result, folder: Path) -> None:
-    verdict = "reached" if result.reached else "MISSED"
-    print(f"{result.recipe}, seed {result.seed}: {RECIPES[result.recipe].score} {result.score:.4g}")
-    print(f"target {result.target:g}: {verdict}; published {result.published}")
+    recipe = RECIPES[result.recipe]
+    print(f"{result.recipe}, seed {result.seed}: {recipe.score} {result.score:.4g}")
+    if result.target is None:
+        print(f"to be compared with {recipe.beside}")
+    else:
+        print(f"target {result.target:g}: {'reached' if result.reached else 'MISSED'}")
+    if result.published:
+        print(f"published {result.published}")
     print(f"{result.steps} steps, {result.seconds:.0f} s, {result.parameters:,} parameters")
     if result.scorer:
         print(f"by {result.scorer}")
@@ -72,5 +77,6 @@ def _show(result: Result, folder: Path) -> None:
 def _recipes() -> Table:
     table = Table("recipe", "model", "task", "score", "target", "published")
     for name, row in sorted(RECIPES.items()):
-        table.add_row(name, row.model, row.task, row.score, f"{row.target:g}", row.published)
+        target = f"beside {row.beside}" if row.target is None else f"{row.target:g}"
+        table.add_row(name, row.model, row.task, row.score, target, row.published)
     return table

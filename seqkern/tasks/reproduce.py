@@ -37,15 +37,16 @@ from seqkern.tasks.training import Trainer, restore_job
 class Result:
     """What a recipe came to under one seed.
 
-    score: in the recipe's unit; seconds: of all training steps; scorer: what computed it.
+    score: in the recipe's unit; reached: None without a target; seconds: of all training steps;
+    scorer: what computed it.
     """
 
     recipe: str
     seed: int
     layers: str
     score: float
-    target: float
-    reached: bool
+    target: float | None
+    reached: bool | None
     scores: dict[str, float]
     steps: int
     seconds: float
@@ -84,20 +85,20 @@ def finish(name: str, trainer: Trainer, folder: Path) -> Result:
     recipe = recipe_named(name)
     job = restore_job(checkpoint.load(result_path(folder)))
     scores = job.evaluate(recipe.part, **recipe.evaluate)
-    score = scores[recipe.score]
+    score, target = scores[recipe.score], recipe.target
     result = Result(
         recipe=name,
         seed=job.spec.seed,
         layers=job.spec.layers,
         score=score,
-        target=recipe.target,
-        reached=score >= recipe.target if job.higher else score <= recipe.target,
+        target=target,
+        reached=None if target is None else score >= target if job.higher else score <= target,
         scores=scores,
         steps=trainer.step,
         seconds=sum(line["seconds"] for line in read_log(log_path(folder))),
         parameters=sum(p.numel() for p in job.model.parameters()),
         scorer=job.scorer(),
-        published=f"{recipe.published} ({recipe.source})",
+        published=f"{recipe.published} ({recipe.source})" if recipe.published else "",
         machine=machine(),
     )
     text = json.dumps(asdict(result), indent=1, ensure_ascii=False)
