@@ -8,7 +8,6 @@ import argparse
 import json
 import re
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import geometric_mean, median
 
@@ -36,10 +35,14 @@ class Line:
     of_limit: float | None
 
 
+# A run that was interrupted and gone on with has rows of several commits and days.
+BY_ROW = ("commit", "date", "longest", "limits", "load")
+
+
 def load(paths: list[Path]) -> dict:
-    """Merges runs into one: machine, versions, commit, limits and load by row, and records."""
+    """Merges runs into one: machine, versions, what BY_ROW names by row, and records."""
     merged: dict = {"records": []}
-    by_row: dict[str, dict[str, object]] = {"limits": {}, "load": {}}
+    by_row: dict[str, dict] = {name: {} for name in BY_ROW}
     for path in paths:
         data = json.loads(path.read_text())
         if "records" not in data:
@@ -55,15 +58,15 @@ def from_pytest_benchmark(data: dict) -> dict:
     """The part of pytest-benchmark's JSON that the table and the results file need."""
     about, commit = data["seqkern"], data["commit_info"]
     records = [benchmark["extra_info"] for benchmark in data["benchmarks"]]
-    return {
+    of_run = {name: about[name] for name in ("longest", "limits", "load")} | {
         "date": data["datetime"][:10],
         "commit": commit.get("id", "unknown") + ("-dirty" if commit.get("dirty") else ""),
+    }
+    return {
         "grid": about["grid"],
-        "longest": about["longest"],
         "machine": about["machine"],
         "versions": about["versions"],
-        "limits": {record["row"]: about["limits"] for record in records if about["limits"]},
-        "load": {record["row"]: about["load"] for record in records},
+        **{name: {record["row"]: of_run[name] for record in records} for name in BY_ROW},
         "records": records,
     }
 
@@ -195,8 +198,14 @@ def about(run: dict) -> str:
     """One paragraph: machine, versions, limits."""
     machine, versions = run["machine"], ", ".join(f"{k} {v}" for k, v in run["versions"].items())
     text = f"{machine['cpu']} ({machine['model']}), {machine['cores']} cores; {versions}; "
-    text += f"commit {run['commit'][:12]}; {run['date']}; grid {run['grid']}"
-    text += f" without calls over {run['longest']:g} s." if run["longest"] else "."
+    commits = ", ".join(sorted({commit[:12] for commit in run["commit"].values()}))
+    text += f"commit {commits}; {', '.join(sorted(set(run['date'].values())))}; grid {run['grid']}"
+    cut = {row: seconds for row, seconds in run["longest"].items() if seconds}
+    for seconds in sorted(set(cut.values())):
+        rows = [row for row in cut if cut[row] == seconds]
+        text += f", without calls over {seconds:g} s"
+        text += f" in {', '.join(rows)}" if len(rows) < len(run["longest"]) else ""
+    text += "."
     rates = [limits for limits in run["limits"].values() if limits]
     if rates:
         gemm = {k: median(r["gemm"][k] for r in rates) for k in ("float32", "bfloat16")}
@@ -218,7 +227,7 @@ def about(run: dict) -> str:
 def save(run: dict, folder: Path) -> Path:
     """Writes the results file <cpu>-<date>.json, one record a line, and returns its path."""
     cpu = re.sub(r"\W+", "-", re.sub(r"\((R|TM)\)", "", run["machine"]["cpu"])).strip("-").lower()
-    path = folder / f"{cpu}-{run.get('date', datetime.now(UTC).date().isoformat())}.json"
+    path = folder / f"{cpu}-{max(run['date'].values())}.json"
     head = {key: value for key, value in run.items() if key != "records"}
     records = ",\n".join(json.dumps(record, separators=(",", ":")) for record in run["records"])
     folder.mkdir(parents=True, exist_ok=True)

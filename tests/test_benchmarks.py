@@ -337,6 +337,19 @@ def test_suite_runs_and_its_results_survive_saving(tmp_path: Path) -> None:
     markdown = report.format_table(report.table(measured["records"]), markdown=True)
     assert markdown.splitlines()[1].startswith("| ---")
 
+    # A row that was measured later, at another commit and in another grid, is told apart.
+    later = json.loads(files[1].read_text())
+    later["commit_info"] = {"id": "1" * 40, "dirty": False}
+    later["datetime"] = "2999-01-02T03:04:05"
+    later["seqkern"]["longest"] = 0.5
+    files[1].write_text(json.dumps(later))
+    merged = report.load([report.save(report.load(files), tmp_path / "later")])
+    assert merged["commit"] == {rows[0]: measured["commit"][rows[0]], rows[1]: "1" * 40}
+    about = report.about(merged)
+    assert measured["commit"][rows[0]][:12] in about
+    assert f", {'1' * 12};" in about or f"commit {'1' * 12}, " in about
+    assert "2999-01-02; grid tiny, without calls over 0.5 s in lstm-f32-training-ragged." in about
+
 
 def test_additive_suite_runs_and_prints(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
