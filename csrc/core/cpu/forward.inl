@@ -59,7 +59,8 @@ struct ForwardPass {
   static int64_t rows_per_chunk(const Shape& s) {
     const int64_t width = groups_of(s) * K::group_width, row = width * int64_t(sizeof(C));
     const int64_t weights = s.I * width * int64_t(sizeof(A));
-    const int64_t rows = max_<int64_t>(64, max_<int64_t>(1 << 20, min_<int64_t>(weights, 4 << 20)) / row);
+    const int64_t bytes = max_<int64_t>(1 << 20, min_<int64_t>(weights, 4 << 20));
+    const int64_t rows = max_<int64_t>(64, bytes / row);
     return max_(s.B, min_(rows, s.N));
   }
 
