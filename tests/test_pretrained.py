@@ -122,6 +122,8 @@ def test_the_first_steps_are_the_language(sentences):
     assert kinds == [True] * 6 + [False] * 8
     assert due == [False] * 3 + [True] * 4
     assert rates == pytest.approx([0.01 * n for n in (1, 2 / 3, 1 / 3, 1, 3 / 4, 1 / 2, 1 / 4)])
+    moments = trainer.optimizer.state.values()
+    assert {int(state["step"]) for state in moments} == {4}  # of the second phase alone
     text = drawn[0]
     assert text.units == int(text.lengths.sum())
     assert drawn[6].units == 8

@@ -131,10 +131,9 @@ def heat_maps(alignments: Sequence[Alignment], columns: int = 3) -> Figure:
 
 def _heat_map(axis: Axes, alignment: Alignment) -> None:
     axis.imshow(alignment.weights.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    # Words do not fit side by side as letters do.
     places = range(len(alignment.source))
     axis.set_xticks(places, alignment.source, fontsize=9)
-    if max(map(len, alignment.source)) > 2:
+    if max(map(len, alignment.source)) > 2:  # words do not fit side by side as letters do
         axis.set_xticks(places, alignment.source, rotation=60, ha="left", rotation_mode="anchor")
     ends = [*alignment.target, "end"][: alignment.weights.size(0)]
     axis.set_yticks(range(len(ends)), ends)
