@@ -7,9 +7,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqkern
-from seqkern.ops import choice
-from seqkern.ops import recurrent as entry
-from seqkern.ops.choice import HandOver, Sizes, choose, has_native_kernel
+from seqkern.ops.choice import Sizes, has_native_kernel
 from seqkern.ops.recurrent import recurrent
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
@@ -307,51 +305,6 @@ def test_meta_tensors_have_shapes() -> None:
     )
     y, h_n, c_n = recurrent("LSTM", x, h0, c0, weights)
     assert (y.shape, h_n.shape, c_n.shape) == ((3, 2, 10), (2, 2, 5), (2, 2, 5))
-
-
-SHAPE = Sizes(T=9, B=32, I=8, H=256, D=1)
-ROW = HandOver(torch.float32, False, (16, 64), (128, 512), "measured so")
-
-
-@pytest.mark.parametrize(
-    ("changes", "kernel"),
-    [
-        ({}, "onednn"),
-        ({"mode": "GRU"}, "native"),
-        ({"dtype": torch.float64}, "native"),
-        ({"sizes": Sizes(T=9, B=8, I=8, H=256, D=1)}, "native"),
-        ({"sizes": Sizes(T=9, B=32, I=8, H=1024, D=1)}, "native"),
-        ({"ragged": True}, "native"),
-        ({"proj": True}, "native"),
-        ({"grad": True}, "native"),
-        ({"deterministic": True}, "native"),
-        ({"native": False}, "reference"),
-    ],
-    ids=lambda v: "-".join(v) or "as-measured" if isinstance(v, dict) else v,
-)
-def test_choice(changes: dict, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "ONEDNN", (ROW,))
-    call = {"mode": "LSTM", "dtype": torch.float32, "sizes": SHAPE, "ragged": False}
-    call |= {"proj": False, "grad": False, "deterministic": False, "native": True} | changes
-    assert choose(**call).kernel == kernel
-
-
-@needs_native
-def test_a_shape_handed_over_is_computed_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, h0, c0, weights = layer_arguments("LSTM", 3, 16, 8, 128, D=2)
-    ours = recurrent("LSTM", x, h0, c0, weights)
-    monkeypatch.setattr(choice, "ONEDNN", (ROW,))
-    monkeypatch.setattr(entry, "ONEDNN", (ROW,))
-    theirs = torch._VF.lstm(x, (h0, c0), weights, True, 1, 0.0, False, True, False)
-    handed = recurrent("LSTM", x, h0, c0, weights)
-    assert all(torch.equal(a, b) for a, b in zip(handed, theirs, strict=True))
-    torch.testing.assert_close(handed, ours)
-    torch.use_deterministic_algorithms(True)
-    try:
-        kept = recurrent("LSTM", x, h0, c0, weights)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(kept, ours, strict=True))
 
 
 def test_explain() -> None:

@@ -17,7 +17,7 @@ from seqkern.ops.recurrent import needs_grad
 class Explanation:
     """What one layer of a stack runs; str() gives it in one line.
 
-    op: the torch.library op that is called, or "aten::lstm" where oneDNN serves.
+    op: the torch.library op that is called.
     kernel, reason: see `seqkern.ops.choice.Choice`.
     instructions: the instruction set of a native CPU kernel, else None.
     """
@@ -53,8 +53,7 @@ class Explanations(tuple[Explanation | AttentionExplanation, ...]):
 def explain(layer: Any, *inputs: Any, **options: Any) -> Explanations:
     """Which kernel computes `layer(*inputs, **options)` as things stand now, and why.
 
-    The answer holds for the present grad mode, autocast and deterministic settings, and comes
-    from the function that dispatches; nothing is run.
+    The answer holds for the present grad mode, autocast and deterministic settings; nothing is run.
 
     Args:
         layer: a recurrent layer or cell of seqkern.nn or torch.nn; or a module or a function that
@@ -87,7 +86,6 @@ def explain(layer: Any, *inputs: Any, **options: Any) -> Explanations:
 
 def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanations:
     cell = isinstance(layer, torch.nn.RNNCellBase)
-    ragged = isinstance(input, PackedSequence)
     x = input.data if isinstance(input, PackedSequence) else input
     if not isinstance(x, Tensor):
         raise TypeError(f"explain: input must be a Tensor, got {type(input).__name__}")
@@ -110,19 +108,7 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
     for i in range(getattr(layer, "num_layers", 1)):
         inputs = x.size(-1) if i == 0 else directions * (proj or layer.hidden_size)
         sizes = Sizes(T, B, inputs, layer.hidden_size, directions)
-        choice = choose(
-            mode,
-            dtype,
-            sizes,
-            ragged=ragged,
-            proj=bool(proj),
-            grad=grad,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            native=native,
-            device=device,
-            refusal=refusal,
-        )
-        name = "aten::lstm" if choice.kernel == "onednn" else f"seqkern::{op}"
+        choice = choose(native=native, device=device, refusal=refusal)
         if snapshot:
             choice = replace(choice, reason=f"{choice.reason}; on the weights of prepack()")
         if device == "cuda" and choice.kernel == "native":
@@ -130,7 +116,9 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
             choice = replace(choice, reason=f"{choice.reason}: {spread}")
         cpu = instructions(choice, device)
         lines.append(
-            Explanation(i, name, mode, dtype, device, sizes, choice.kernel, choice.reason, cpu)
+            Explanation(
+                i, f"seqkern::{op}", mode, dtype, device, sizes, choice.kernel, choice.reason, cpu
+            )
         )
     return Explanations(lines)
 

@@ -29,7 +29,7 @@ from seqkern.ops._checks import (
     weight_names,
 )
 from seqkern.ops._recurrent_autograd import register, training
-from seqkern.ops.choice import ONEDNN, Choice, Sizes, choose, has_native_kernel
+from seqkern.ops.choice import has_native_kernel
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
 
@@ -222,14 +222,7 @@ def recurrent(
     try:
         if _is_any_autocast_enabled():
             x, h0, c0, weights = _autocast(x, h0, c0, weights)
-        grad = needs_grad(x, h0, c0, weights)
-        # A glance first: weighing the shape in every call would cost a single step too much.
-        if any(row.dtype == x.dtype and row.grad == grad for row in ONEDNN) and (
-            x.device.type == "cpu"
-            and _choice(mode, x, batch_sizes, h0, c0, weights, grad).kernel == "onednn"
-        ):
-            return _onednn(x, h0, c0, weights, grad)
-        if grad:
+        if needs_grad(x, h0, c0, weights):
             y, h_n, c_n, _, _ = _recorded()(x, batch_sizes, h0, c0, weights, mode)
         else:
             y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, packed or (), mode)
@@ -242,28 +235,6 @@ def recurrent(
             check_batch_sizes(op, batch_sizes, x.size(0), h0.size(1))
         raise
     return y, h_n, None if c0 is None else c_n
-
-
-def _choice(mode, x, batch_sizes, h0, c0, weights, grad: bool) -> Choice:
-    check_recurrent(mode.lower(), mode, x, batch_sizes, h0, c0, weights)
-    T, B = (0, h0.size(1)) if batch_sizes is not None else x.shape[:2]
-    sizes = Sizes(T, B, x.size(-1), weights[0].size(0) // GATES[mode], h0.size(0))
-    return choose(
-        mode,
-        x.dtype,
-        sizes,
-        ragged=batch_sizes is not None,
-        proj=len(weights) // h0.size(0) % 2 == 1,
-        grad=grad,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        native=has_native_kernel("recurrent", x.device.type),
-    )
-
-
-def _onednn(x, h0, c0, weights, grad: bool):
-    directions = h0.size(0)
-    bias = len(weights) // directions == 4
-    return torch._VF.lstm(x, (h0, c0), weights, bias, 1, 0.0, grad, directions == 2, False)
 
 
 def _autocast(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]):
@@ -307,7 +278,7 @@ def unobserved() -> bool:
 
 def has_prepacked_kernel(device: str) -> bool:
     """Whether `prepacked_op` serves inference on this type of device."""
-    return has_native_kernel("recurrent_prepacked", device) and all(row.grad for row in ONEDNN)
+    return has_native_kernel("recurrent_prepacked", device)
 
 
 def _recorded() -> Callable[..., tuple[Tensor, ...]]:

@@ -242,7 +242,7 @@ struct AdditiveBackwardPass {
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < keys; ++j) st[j * ld_k + i] = s[i * ld_s + j];
     for (int64_t p = 0; p < ld_o / W; ++p)
-      pack_columns<C>(do_panels + p * W * m, d_o, ld_o, m, a.Dv, p);
+      Product<C, C>::pack_columns(do_panels + p * W * m, d_o, ld_o, m, a.Dv, p);
     multiply(keys, st, ld_k, do_panels, m, ld_o / W, dvalue, ld_o, false);
   }
 

@@ -217,7 +217,8 @@ struct AdditiveForwardPass {
     for (int64_t j = 0; j < keys; j += kKeys) {
       const int64_t n = min_(keys - j, kKeys);
       for (int64_t p = 0; p < ld_o / W; ++p)
-        pack_columns<C>(panels + p * W * n, value + j * a.value.row, a.value.row, n, a.Dv, p);
+        Product<C, C>::pack_columns(panels + p * W * n, value + j * a.value.row, a.value.row, n,
+                                    a.Dv, p);
       const Matrix<C, C> matrix{panels, nullptr, 0, n};
       Product<C, C>::template gemm<C, Mode::rnn_tanh>(m, s + j, ld_s, matrix, 0, ld_o / W, context,
                                                       ld_o, {1, W, {0, 0, 0, 0}}, nullptr, false);

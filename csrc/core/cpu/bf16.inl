@@ -5,6 +5,7 @@
 template <>
 struct Product<bf16, float> {
   static constexpr int L = kLanes<float>;
+  static constexpr int kTogether = 2;
 
   SK_INLINE int64_t pairs(int64_t K) { return round_up(K, 32) / 2; }
   SK_INLINE int64_t panel_size(int64_t K) { return pairs(K) * 2 * kPanel<float>; }
@@ -25,6 +26,79 @@ struct Product<bf16, float> {
         transpose<float>(r);
         for (int l = 0; l < L; ++l) store<float>(out + (p + l) * 2 * L + half * L, r[l]);
       }
+  }
+
+  // Two rows of k, the second perhaps absent, of n columns, side by side in one panel.
+  template <class T>
+  SK_INLINE void pair_rows(bf16* dst, const T* first, const T* second, int64_t n) {
+    using U = Simd<float>::U;
+    for (int64_t j = 0; j < kPanel<float>; j += L) {
+      V<float> low{}, high{};
+      if (j < n) low = through<bf16, float>(load_n<float>(first + j, n - j));
+      if (j < n && second) high = through<bf16, float>(load_n<float>(second + j, n - j));
+      const U pair = (bit_cast<U>(low) >> 16) | bit_cast<U>(high);
+      __builtin_memcpy(dst + 2 * j, &pair, sizeof(pair));
+    }
+  }
+
+  template <class S>
+  static void pack_columns(bf16* dst, const S* w, int64_t ld, int64_t K, int64_t N, int64_t panel) {
+    const int64_t at = panel * kPanel<float>, n = min_<int64_t>(kPanel<float>, N - at);
+    for (int64_t k = 0; k < 2 * pairs(K); k += 2)
+      pair_rows(dst + k * kPanel<float>, w + k * ld + at,
+                k + 1 < K ? w + (k + 1) * ld + at : nullptr, k < K ? n : 0);
+  }
+
+  template <class T>
+  static void spread(bf16* panels, int64_t k, int64_t K, const T* const* rows, int64_t n) {
+    for (int64_t j = 0; j < n; j += kPanel<float>)
+      pair_rows(panels + j / kPanel<float> * panel_size(K) + k * kPanel<float>, rows[0] + j,
+                rows[1] ? rows[1] + j : nullptr, n - j);
+  }
+  // The pairs beyond the last row.
+  static void spread_end(bf16* panels, int64_t K, int64_t n) {
+    const int64_t from = round_up(K, 2) * kPanel<float>, size = panel_size(K);
+    for (int64_t j = 0; j < n; j += kPanel<float>)
+      __builtin_memset(panels + j / kPanel<float> * size + from, 0,
+                       size_t(size - from) * sizeof(bf16));
+  }
+
+  // Columns of dg become rows of A here, k side by side, padded to whole tiles with zeros.
+  static constexpr int kGradientRows = 32;
+  SK_INLINE int64_t columns_row(int64_t K) { return padded_row<bf16>(K); }
+  SK_INLINE int64_t columns_size(int64_t K) { return columns_row(K) * kGradientRows; }
+
+  static void take_columns(int n, int64_t K, const bf16* a, int64_t lda, bf16* out, float* sums) {
+    using U = Simd<float>::U;
+    float* to = reinterpret_cast<float*>(out);  // pairs are moved as floats
+    const int64_t ld = columns_row(K) / 2;
+    for (int j = 0; j < n; j += L) {
+      const int some = min_(L, n - j);
+      V<float> total{};
+      for (int64_t k = 0; k < K; k += 2 * L) {
+        V<float> r[L], sum{};
+        for (int l = 0; l < L; ++l) {
+          V<float> low{}, high{};
+          const bf16* row = a + (k + 2 * l) * lda + j;
+          if (k + 2 * l < K) low = load_n<float>(row, some);
+          if (k + 2 * l + 1 < K) high = load_n<float>(row + lda, some);
+          sum += low + high;
+          r[l] = bit_cast<V<float>>((bit_cast<U>(low) >> 16) | bit_cast<U>(high));
+        }
+        transpose<float>(r);
+        for (int c = 0; c < some; ++c) store<float>(to + (j + c) * ld + k / 2, r[c]);
+        total += sum;
+      }
+      if (sums) store_n<float>(sums + j, load_n<float>(sums + j, some) + total, some);
+    }
+  }
+
+  static void gradient(int n, int64_t K, const bf16* taken, const bf16* panels, int64_t count,
+                       float* out, int64_t ld, bool fresh) {
+    for (int r = 0; fresh && r < n; ++r)
+      __builtin_memset(out + r * ld, 0, size_t(count * kPanel<float>) * sizeof(float));
+    gemm<bf16, Mode::rnn_tanh>(n, taken, columns_row(K), {panels, nullptr, 0, K}, 0, count, out, ld,
+                               Columns{1, kPanel<float>, {0, 0, 0, 0}}, nullptr, false);
   }
 
 #ifdef SK_AMX
@@ -100,7 +174,7 @@ struct Product<bf16, float> {
 #else
   struct PairDot {
     SK_INLINE V<float> apply(V<float> acc, V<float> a, V<float> b) {
-      return bit_cast<V<float> >(
+      return bit_cast<V<float>>(
           _mm512_dpbf16_ps(bit_cast<__m512>(acc), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
     }
   };

@@ -20,11 +20,11 @@ struct ForwardRow {
 
 // gates, cells, c_prev and h_prev are what the forward kept. dh holds the gradient of the step's
 // output and leaves with the part of it that bypasses the recurrent product; dc likewise.
-template <class S, class C>
+template <class S, class A, class C>
 struct BackwardRow {
   const S *dy, *gates, *cells, *c_prev, *h_prev, *y;
   C *dh, *dc;
-  C* dg;  // gradient of the pre-activations: LSTM i f g o, GRU r z nx nh, RNN one; (k*H)
+  A* dg;  // gradient of the pre-activations: LSTM i f g o, GRU r z nx nh, RNN one; (k*H)
 };
 
 template <Mode M, class C>
@@ -60,8 +60,8 @@ struct Cell<Mode::lstm, C> {
     }
   }
 
-  template <class S>
-  SK_INLINE void backward(const BackwardRow<S, C>& r, int64_t j, int64_t H) {
+  template <class S, class A>
+  SK_INLINE void backward(const BackwardRow<S, A, C>& r, int64_t j, int64_t H) {
     const int64_t n = H - j;
     const V<C> i = load_n<C>(r.gates + j, n), f = load_n<C>(r.gates + H + j, n);
     const V<C> u = load_n<C>(r.gates + 2 * H + j, n), o = load_n<C>(r.gates + 3 * H + j, n);
@@ -105,8 +105,8 @@ struct Cell<Mode::gru, C> {
     }
   }
 
-  template <class S>
-  SK_INLINE void backward(const BackwardRow<S, C>& row, int64_t j, int64_t H) {
+  template <class S, class A>
+  SK_INLINE void backward(const BackwardRow<S, A, C>& row, int64_t j, int64_t H) {
     const int64_t n = H - j;
     const V<C> r = load_n<C>(row.gates + j, n), z = load_n<C>(row.gates + H + j, n);
     const V<C> u = load_n<C>(row.gates + 2 * H + j, n), nh = load_n<C>(row.gates + 3 * H + j, n);
@@ -138,8 +138,8 @@ struct ElmanCell {
     store_as(r.h + j, through<S, C>(h));
   }
 
-  template <class S>
-  SK_INLINE void backward(const BackwardRow<S, C>& r, int64_t j, int64_t H) {
+  template <class S, class A>
+  SK_INLINE void backward(const BackwardRow<S, A, C>& r, int64_t j, int64_t H) {
     const int64_t n = H - j;
     const V<C> y = load_n<C>(r.y + j, n);
     V<C> dh = load<C>(r.dh + j);

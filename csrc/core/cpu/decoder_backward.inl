@@ -103,11 +103,11 @@ struct DecoderBackwardPass {
     const S* c_rows = static_cast<const S*>(a.w_c);
     const Part u = part_of(units, part, parts), c = part_of(features, part, parts);
     for (int64_t p = u.begin; p < u.end; ++p) {
-      pack_columns<C>(w_h + p * W * products, q_rows, a.H, a.A, a.H, p);
-      pack_columns<C>(w_h + p * W * products + a.A * W, h_rows, a.H, GH, a.H, p);
+      Product<C, C>::pack_columns(w_h + p * W * products, q_rows, a.H, a.A, a.H, p);
+      Product<C, C>::pack_columns(w_h + p * W * products + a.A * W, h_rows, a.H, GH, a.H, p);
     }
     for (int64_t p = c.begin; p < c.end; ++p)
-      pack_columns<C>(w_c + p * W * GH, c_rows, a.C, GH, a.C, p);
+      Product<C, C>::pack_columns(w_c + p * W * GH, c_rows, a.C, GH, a.C, p);
   }
 
   static void clear(C* p, int64_t n) { __builtin_memset(p, 0, size_t(n) * sizeof(C)); }
@@ -176,7 +176,7 @@ struct DecoderBackwardPass {
   void cell_row(int64_t r, int64_t at, int64_t i) {
     const S *s = static_cast<const S*>(f.s), *cells = static_cast<const S*>(f.cells);
     const int64_t n = at / a.T;
-    BackwardRow<S, C> p{};
+    BackwardRow<S, C, C> p{};
     p.y = s + at * a.H;
     if (f.ds) p.dy = static_cast<const S*>(f.ds) + at * a.H;
     if (saved_of(M)) p.gates = static_cast<const S*>(f.gates) + at * saved_of(M) * a.H;
@@ -188,7 +188,7 @@ struct DecoderBackwardPass {
     }
     p.dh = dh + r * ldh;
     p.dg = dg;
-    for (int64_t j = 0; j < a.H; j += L) K::template backward<S>(p, j, a.H);
+    for (int64_t j = 0; j < a.H; j += L) K::backward(p, j, a.H);
     C* to_x = static_cast<C*>(f.dgates_x) + at * GH;
     C* to_h = static_cast<C*>(f.dproducts) + at * products + a.A;
     const size_t row = size_t(a.H) * sizeof(C);

@@ -13,7 +13,7 @@ namespace seqkern::SK_SET {
 // clang-format on
 
 template <class S, class C, Mode M>
-constexpr Kernels kEntry = Entry<S, C, M>::kernels;
+constexpr Kernels kEntry = Entry<S, C, C, M>::kernels;
 #define SK_ROW(S, C)                                                                \
   {kEntry<S, C, Mode::lstm>, kEntry<S, C, Mode::gru>, kEntry<S, C, Mode::rnn_tanh>, \
    kEntry<S, C, Mode::rnn_relu>}

@@ -13,14 +13,6 @@ struct Carver {
   }
 };
 
-// A row length for buffers whose rows are read side by side: whole vectors and whole AMX tiles, and
-// not a multiple of 512 bytes, which would put all rows in the same few cache sets.
-template <class X>
-SK_INLINE int64_t padded_row(int64_t n) {
-  const int64_t padded = round_up(n, 32);
-  return padded * int64_t(sizeof(X)) % 512 == 0 ? padded + 32 : padded;
-}
-
 SK_INLINE int64_t share(int64_t n, int64_t rank, int64_t members) { return n * rank / members; }
 
 // Rows [first, first + count) of what a member owns in a split by rank.

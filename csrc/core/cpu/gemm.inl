@@ -76,11 +76,12 @@ struct Matrix {
   int64_t columns = 0;  // not 0: `raw` is (K, columns), its rows are k, not the columns of B
 };
 
-// Panel of a matrix whose rows are already k: columns [panel * width, ...) of (K, N).
-template <class C, class S>
-static void pack_columns(C* dst, const S* w, int64_t ld, int64_t K, int64_t N, int64_t panel) {
-  const int64_t at = panel * kPanel<C>, n = min_<int64_t>(kPanel<C>, N - at);
-  for (int64_t k = 0; k < K; ++k) copy_row<C>(dst + k * kPanel<C>, w + k * ld + at, n, kPanel<C>);
+// A row length for buffers whose rows are read side by side: whole vectors and whole AMX tiles, and
+// not a multiple of 512 bytes, which would put all rows in the same few cache sets.
+template <class X>
+SK_INLINE int64_t padded_row(int64_t n) {
+  const int64_t padded = round_up(n, 32);
+  return padded * int64_t(sizeof(X)) % 512 == 0 ? padded + 32 : padded;
 }
 
 // Product<A, C>: operands of type A, sums of type C. They differ only where the processor
@@ -102,8 +103,9 @@ struct MultiplyAdd {
 // registers for twelve rows, which the empty asm keeps the compiler from undoing.
 //
 // Sums run over blocks of k, each from zero, so that rounding errors grow with the block and the
-// number of blocks instead of with K.
-constexpr int64_t kSumBlock = 64;
+// number of blocks instead of with K. K is the width of a layer; of a transposed A, whose product
+// sums over all rows of all steps, it is a part of them, and longer blocks make fewer.
+constexpr int64_t kSumBlock = 64, kSumBlockTransposed = 192;
 
 template <class C, int R, int NP, bool Transposed, class Step>
 static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_stride, C* c,
@@ -142,7 +144,7 @@ static void tile(int64_t K, const C* a, int64_t lda, const C* b, int64_t panel_s
     b += n * W;
   };
   while (K > 0) {
-    const int64_t block = min_(K, kSumBlock);
+    const int64_t block = min_(K, Transposed ? kSumBlockTransposed : kSumBlock);
     K -= block;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -221,8 +223,67 @@ SK_INLINE Cut cut_of(int64_t m, int64_t K) {
 
 template <class C>
 struct Product<C, C> {
+  static constexpr int kTogether = 1;  // values of k that stand side by side in a panel
+
   // Elements of one panel.
   SK_INLINE int64_t panel_size(int64_t K) { return K * kPanel<C>; }
+
+  // Panel of a matrix whose rows are already k, ld apart: columns [panel * width, ...) of (K, N).
+  template <class S>
+  static void pack_columns(C* dst, const S* w, int64_t ld, int64_t K, int64_t N, int64_t panel) {
+    const int64_t at = panel * kPanel<C>, n = min_<int64_t>(kPanel<C>, N - at);
+    for (int64_t k = 0; k < K; ++k) copy_row<C>(dst + k * kPanel<C>, w + k * ld + at, n, kPanel<C>);
+  }
+
+  // Row k of such a matrix, of n columns, into all panels of (K, width).
+  template <class T>
+  static void spread(C* panels, int64_t k, int64_t K, const T* const* row, int64_t n) {
+    for (int64_t j = 0; j < n; j += kPanel<C>)
+      copy_row<C>(panels + j * K + k * kPanel<C>, row[0] + j, min_<int64_t>(kPanel<C>, n - j),
+                  kPanel<C>);
+  }
+  static void spread_end(C*, int64_t, int64_t) {}
+
+  // ---- dW += dg^T x, some columns of dg at a time
+
+  static constexpr int kGradientRows = kTileRows;
+  SK_INLINE int64_t columns_size(int64_t K) { return K * kTileRows; }
+
+  // The first n columns of `a` (K, lda) as (K, n), and their sums.
+  static void take_columns(int n, int64_t K, const C* a, int64_t lda, C* out, C* sums) {
+    if (n == kTileRows)
+      take<kTileRows>(n, K, a, lda, out, sums);
+    else
+      take<0>(n, K, a, lda, out, sums);
+  }
+
+  template <int Fixed>
+  static void take(int some, int64_t K, const C* a, int64_t lda, C* out, C* sums) {
+    const int n = Fixed ? Fixed : some;
+    C total[kTileRows] = {};
+    for (int64_t k0 = 0; k0 < K; k0 += 32) {  // blocks, as in the products
+      C sum[kTileRows] = {};
+      for (int64_t k = k0; k < min_<int64_t>(k0 + 32, K); ++k)
+        for (int r = 0; r < n; ++r) {
+          const C v = a[k * lda + r];
+          out[k * n + r] = v;
+          sum[r] += v;
+        }
+      for (int r = 0; r < n; ++r) total[r] += sum[r];
+    }
+    for (int r = 0; sums && r < n; ++r) sums[r] += total[r];
+  }
+
+  // Their product with `count` panels, added to `out` or, `fresh`, in its place.
+  static void gradient(int n, int64_t K, const C* taken, const C* panels, int64_t count, C* out,
+                       int64_t ld, bool fresh) {
+    const int64_t at[1] = {0};
+    for (int64_t p = 0; p < count; ++p) {
+      C* to = out + p * kPanel<C>;
+      tile_rows<C, true>(n, 1, K, taken, n, panels + p * panel_size(K), 0, to, ld, at,
+                         fresh ? nullptr : to, ld);
+    }
+  }
 
   template <class S, Mode M>
   static void pack_panel(C* dst, const S* w, int64_t rows, int64_t K, int64_t panel) {
@@ -381,7 +442,7 @@ struct Product<C, C> {
       if (!w.packed) {
         for (int i = 0; i < np; ++i)
           if (w.columns)
-            pack_columns<C>(scratch + i * size, w.raw, w.columns, w.K, w.columns, p + i);
+            pack_columns(scratch + i * size, w.raw, w.columns, w.K, w.columns, p + i);
           else
             pack_panel<S, M>(scratch + i * size, w.raw, w.rows, w.K, p + i);
         b = scratch;

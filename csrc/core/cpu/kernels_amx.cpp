@@ -1,4 +1,4 @@
-// AMX: the forward of bf16 by tiles.
+// AMX: bf16 by tiles.
 #include <immintrin.h>
 
 #include "table.h"

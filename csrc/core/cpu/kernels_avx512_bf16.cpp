@@ -1,4 +1,4 @@
-// AVX-512-BF16: the forward of bf16 by dot products of pairs.
+// AVX-512-BF16: bf16 by dot products of pairs.
 #include <immintrin.h>
 
 #include "table.h"

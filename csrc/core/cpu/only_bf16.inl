@@ -1,4 +1,4 @@
-// The forward of bf16 for a processor that multiplies bf16 itself; see every_type.inl.
+// bf16 for a processor that multiplies bf16 itself; see every_type.inl.
 
 namespace seqkern::SK_SET {
 // clang-format off: each file builds on the one before
@@ -8,13 +8,14 @@ namespace seqkern::SK_SET {
 #include "cells.inl"
 #include "forward.inl"
 #include "kernels.inl"
+#include "backward.inl"
 // clang-format on
 
 template <Mode M>
-constexpr Kernels kForward = ForwardEntry<bf16, bf16, float, M>::kernels;
-static constexpr KernelTable kTable{{{},
-                                     {},
-                                     {kForward<Mode::lstm>, kForward<Mode::gru>,
-                                      kForward<Mode::rnn_tanh>, kForward<Mode::rnn_relu>},
-                                     {}}};
+constexpr Kernels kEntry = Entry<bf16, bf16, float, M>::kernels;
+static constexpr KernelTable kTable{
+    {{},
+     {},
+     {kEntry<Mode::lstm>, kEntry<Mode::gru>, kEntry<Mode::rnn_tanh>, kEntry<Mode::rnn_relu>},
+     {}}};
 }  // namespace seqkern::SK_SET

@@ -69,20 +69,19 @@ int& current() {
 const Kernels& backward_kernels(const Shape& s) {
   const int type = int(s.type), mode = int(s.mode);
 #if defined(__x86_64__)
+  if (s.type == Type::bf16 && current() == amx) return table_amx().of[type][mode];
+  if (s.type == Type::bf16 && current() == avx512_bf16) return table_avx512_bf16().of[type][mode];
   if (current() >= avx512) return table_avx512().of[type][mode];
   if (current() == avx2) return table_avx2().of[type][mode];
 #endif
   return table_portable().of[type][mode];
 }
 
-// Processors that multiply bf16 have a forward of their own for it, except with a projection, whose
-// input (o tanh c) would be rounded once more on the way.
+// A forward with a projection keeps to products in fp32: its input (o tanh c) would be rounded once
+// more on the way.
 const Kernels& forward_kernels(const Shape& s) {
 #if defined(__x86_64__)
-  if (s.type == Type::bf16 && !s.proj) {
-    if (current() == amx) return table_amx().of[int(s.type)][int(s.mode)];
-    if (current() == avx512_bf16) return table_avx512_bf16().of[int(s.type)][int(s.mode)];
-  }
+  if (s.proj && current() >= avx512) return table_avx512().of[int(s.type)][int(s.mode)];
 #endif
   return backward_kernels(s);
 }

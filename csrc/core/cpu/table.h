@@ -23,7 +23,7 @@ const KernelTable& table_portable();
 #if defined(__x86_64__)
 const KernelTable& table_avx2();
 const KernelTable& table_avx512();
-// The forward of bf16 alone; the rest is null.
+// bf16 alone; the rest is null.
 const KernelTable& table_avx512_bf16();
 const KernelTable& table_amx();
 #endif
