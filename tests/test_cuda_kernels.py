@@ -6,7 +6,6 @@ says anything of speed, nor of the rounding inside a tensor core.
 """
 
 import importlib
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seqkern.ops import _recurrent_block as block
-from seqkern.ops.choice import Sizes, choose
+from seqkern.ops.choice import choose
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
 from seqkern.testing.tolerance import assert_within_budget, neighbours
@@ -312,10 +311,6 @@ def test_a_refused_layer_is_explained(cuda_ops) -> None:
     )
     assert "projection" in (block.refusal("LSTM", x, 5, True) or "")
     assert "float64" in (block.refusal("LSTM", x, 5, False, torch.float64) or "")
-    on_cuda = partial(
-        choose, "LSTM", torch.bfloat16, Sizes(2, 64, 3, 64, 1), ragged=False, proj=False,
-        grad=True, deterministic=False, native=True, device="cuda",
-    )  # fmt: skip
-    assert on_cuda().kernel == "native"
-    refused = on_cuda(refusal="why")
+    assert choose(native=True, device="cuda").kernel == "native"
+    refused = choose(native=True, device="cuda", refusal="why")
     assert (refused.kernel, refused.reason) == ("reference", "why")
