@@ -53,7 +53,7 @@ class Explanations(tuple[Explanation | AttentionExplanation, ...]):
 def explain(layer: Any, *inputs: Any, **options: Any) -> Explanations:
     """Which kernel computes `layer(*inputs, **options)` as things stand now, and why.
 
-    The answer holds for the present grad mode, autocast and deterministic settings; nothing is run.
+    The answer holds for the present grad mode and autocast settings; nothing is run.
 
     Args:
         layer: a recurrent layer or cell of seqkern.nn or torch.nn; or a module or a function that
