@@ -265,7 +265,8 @@ def test_rounds_and_calls_fit_the_budget() -> None:
     assert paired.calls_per_sample(1.0) == 1
     assert paired.calls_per_sample(1e-5) == 30
     assert paired.rounds_within(1.0, [0.05, 0.05]) == 10
-    assert paired.rounds_within(1.0, [2.0, 3.0]) == 3
+    assert paired.rounds_within(1.0, [2.0, 3.0]) == 9
+    assert paired.rounds_within(1.0, [20.0, 3.0]) == 3
     orders = paired.shuffled_orders(3)
     assert all(sorted(next(orders)) == [0, 1, 2] for _ in range(10))
 
