@@ -211,6 +211,16 @@ def test_reproduce(call, data, tmp_path, monkeypatch):
     again = json.loads((tmp_path / "toy-seqkern-1/result.json").read_text())
     assert (again["target"], again["reached"]) == (None, None)
     assert again["score"] == results[0]["score"]
+    try:
+        call("reproduce", "toy", "--data", data, "--threads", 2, "--out", tmp_path / "two")
+    finally:
+        torch.set_num_threads(1)
+    machines = [
+        json.loads((folder / "toy-seqkern-1/result.json").read_text())["machine"]
+        for folder in (tmp_path, tmp_path / "two")
+    ]
+    assert [machine["threads"] for machine in machines] == [1, 2]
+    assert "threads must be at least 1, got 0" in call("reproduce", "toy", "--threads", 0, status=2)
     assert "toy" in call("reproduce")
     assert "recipe must be one of" in call("reproduce", "unheard-of", status=2)
 

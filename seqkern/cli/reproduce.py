@@ -24,6 +24,7 @@ def reproduce(
     data: Data = "",
     seeds: Annotated[int, OPTION(help="how many trainings, with seeds 1, 2, ...")] = 1,
     layers: Annotated[str, OPTION(help="seqkern or torch")] = "seqkern",
+    threads: Annotated[int | None, OPTION(help="of the processor; the recipe's own: 1")] = None,
     out: Annotated[Path, OPTION(help="folder of the runs")] = Path("runs/reproduce"),
 ) -> None:
     """Train a reference model as its recipe says and print its score beside its target."""
@@ -35,14 +36,16 @@ def reproduce(
             raise ValueError(f"seeds must be at least 1, got {seeds}")
         for seed in range(1, seeds + 1):
             folder = out / f"{recipe}-{layers}-{seed}"
-            result = _run(recipe, data, seed, layers, folder)
+            result = _run(recipe, data, seed, layers, threads, folder)
             if result is None:
                 print("stopped; the same command goes on")
                 raise typer.Exit(INTERRUPTED)
             _show(result, folder)
 
 
-def _run(recipe: str, data: str, seed: int, layers: str, folder: Path) -> Result | None:
+def _run(
+    recipe: str, data: str, seed: int, layers: str, threads: int | None, folder: Path
+) -> Result | None:
     with stop_on_signal() as stop, progress_bar() as bar:
         line = bar.add_task(recipe, total=None, note="")
 
@@ -56,7 +59,8 @@ def _run(recipe: str, data: str, seed: int, layers: str, folder: Path) -> Result
             shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
             bar.console.print(f"step {step}: dev {shown}", highlight=False)
 
-        return run_recipe(recipe, data, seed, layers, folder, stop, on_start, on_step, on_scores)
+        hooks = (stop, on_start, on_step, on_scores)
+        return run_recipe(recipe, data, seed, layers, folder, *hooks, threads)
 
 
 def _show(result: Result, folder: Path) -> None:

@@ -116,14 +116,19 @@ def reproduce(
     on_start: Callable[[Trainer], None] = lambda trainer: None,
     on_step: OnStep = lambda loss: None,
     on_scores: OnScores = lambda step, scores: None,
+    threads: int | None = None,
 ) -> Result | None:
     """Trains a recipe in a folder and scores it; None where it was asked to stop before.
 
+    On other `threads` than the recipe's own sums are made in another order.
+
     Raises:
-        ValueError: there is no such recipe, or its data is not there.
+        ValueError: there is no such recipe, its data is not there, or threads is below 1.
     """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
     trainer = start(recipe_named(name), data, seed, layers, folder)
-    torch.set_num_threads(trainer.options.threads)
+    torch.set_num_threads(threads or trainer.options.threads)
     on_start(trainer)
     run_steps(trainer, folder, trainer.steps, stop, on_step, on_scores)
     return finish(name, trainer, folder) if trainer.finished else None
