@@ -115,6 +115,7 @@ RECIPES: dict[str, Recipe] = {
         reading={"smoothing": 0.1},
         options=_MULTI30K
         | {
+            "epochs": 8,
             "lr": 1.5e-3,
             "optimizer": "adam",
             "beta2": 0.98,
