@@ -55,9 +55,9 @@ def score_gradients(own, other, of, b, i0, j0, limits, C: tl.constexpr, KEYS: tl
     dp = tile_products(own, other, i0, j0, C)
     if of.dweights is not None:
         if KEYS:
-            more = load_plane(of.dweights, b, b * 0, j, i, limits, C.I64)
+            more = load_plane(of.dweights, b, b * 0, j, i, limits, False, C.I64)
         else:
-            more = load_plane(of.dweights, b, b * 0, i, j, limits, C.I64)
+            more = load_plane(of.dweights, b, b * 0, i, j, limits, False, C.I64)
         dp += more.to(tl.float32)
     ds = p * (dp - tl.load(of.delta + row, mask=exists, other=0.0))
     # What is excluded gives nothing, even where it is NaN.
@@ -102,8 +102,8 @@ def delta_kernel(
         for n in tl.range(0, tl.cdiv(k_len, BLOCK_N)):
             j = n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
             s = tile_scores(own, other, of, b, i[:, None], j, i0, n * BLOCK_N, limits, C)
-            more = load_plane(dweights, b, b * 0, i[:, None], j, limits, C.I64).to(tl.float32)
-            more = tl.where(s == float("-inf"), 0.0, more)
+            more = load_plane(dweights, b, b * 0, i[:, None], j, limits, False, C.I64)
+            more = tl.where(s == float("-inf"), 0.0, more.to(tl.float32))
             total += tl.sum(tl.exp2(s - log[:, None]) * more, 1)
     tl.store(delta + row, tl.where(some, total, 0.0), mask=exists)
     tl.store(lse2 + row, log, mask=exists)

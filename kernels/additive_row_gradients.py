@@ -59,7 +59,7 @@ def row_gradient_kernel(
             tl.store(ptrs, z.to(dvalue.dtype.element_ty), mask=inside)
     dp = tl.sum(sums, 1)
     if dweights is not None:
-        dp += load_plane(dweights, b, b * 0, b * 0, j, limits, I64).to(tl.float32)
+        dp += load_plane(dweights, b, b * 0, b * 0, j, limits, False, I64).to(tl.float32)
     ds = p * (dp - tl.load(delta + b))
     ds = tl.where(s == float("-inf"), 0.0, ds)[:, None]
     for c in tl.range(0, D, BLOCK_C):

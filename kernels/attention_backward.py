@@ -109,7 +109,9 @@ def add_queries(
         slope = None
         if slopes is not None:
             slope = tl.load(row_base(slopes, of.b, h)) * LOG2E
-        p, product = probabilities(of.x, tl.trans(y), i, of.at, h, slope, total, of, C, MASKED)
+        p, product = probabilities(
+            of.x, tl.trans(y), i, of.at, h, slope, total, of, C, MASKED, False
+        )
         w = load_grouped_rows(
             do_source, do, member, i0, q_len, BLOCK_M, C.DV, C.BLOCK_DV, C.DESCRIPTORS, C.I64
         )
@@ -210,9 +212,10 @@ def dkdv_kernel(
 @triton.jit
 def add_keys(
     dq, of, k, v, k_source, v_source, slope, lse, delta, first, last, tiles,
-    C: tl.constexpr, MASKED: tl.constexpr,
+    C: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the key tiles [first, last), or those listed there, give to dq."""
+    """Adds what the key tiles [first, last), or those listed there, give to dq; WHOLE: none of
+    their keys is beyond k_len."""
     BLOCK_N: tl.constexpr = C.BLOCK_N
     PRECISION: tl.constexpr = C.PRECISION
     for n in tl.range(first, last, num_stages=C.STAGES):
@@ -222,11 +225,15 @@ def add_keys(
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)[None, :]
         k_len = of.limits.k_len
-        y = load_rows(k_source, k, j0, k_len, BLOCK_N, C.D, C.BLOCK_D, MASKED, C.DESCRIPTORS, C.I64)
-        w = load_rows(
-            v_source, v, j0, k_len, BLOCK_N, C.DV, C.BLOCK_DV, MASKED, C.DESCRIPTORS, C.I64
+        y = load_rows(
+            k_source, k, j0, k_len, BLOCK_N, C.D, C.BLOCK_D, not WHOLE, C.DESCRIPTORS, C.I64
         )
-        p, product = probabilities(of.x, tl.trans(y), of.at, j, of.h, slope, lse, of, C, MASKED)
+        w = load_rows(
+            v_source, v, j0, k_len, BLOCK_N, C.DV, C.BLOCK_DV, not WHOLE, C.DESCRIPTORS, C.I64
+        )
+        p, product = probabilities(
+            of.x, tl.trans(y), of.at, j, of.h, slope, lse, of, C, MASKED, WHOLE
+        )
         ds = score_gradients(p, of.u, tl.trans(w), of.at, j, of.h, delta, of, C)
         if of.rule.cap is not None:
             ds = ds * cap_slope(product, of.rule)
@@ -271,24 +278,29 @@ def dq_kernel(
     sum_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if live is not None:
         tiles = row_base(live, b, h) + tile.to(tl.int64) * live.t
-        last = tl.load(tiles) + 1
+        stop = tl.load(tiles) + 1
+        # As in the forward: only the last tile of the list may reach beyond the keys.
+        last = tl.maximum(stop - 1, 1)
         sum_q = add_keys(
-            sum_q, of, k, v, k_source, v_source, slope, total, d, 1, last, tiles, C, True
+            sum_q, of, k, v, k_source, v_source, slope, total, d, 1, last, tiles, C, True, True
+        )
+        sum_q = add_keys(
+            sum_q, of, k, v, k_source, v_source, slope, total, d, last, stop, tiles, C, True, False
         )
     else:
         span = key_range(i0, i0 + BLOCK_M, limits, C.BLOCK_N)
         if left is not None:
             sum_q = add_keys(
                 sum_q, of, k, v, k_source, v_source, slope, total, d, span.start, span.inner, None,
-                C, True,
+                C, True, False,
             )  # fmt: skip
         sum_q = add_keys(
             sum_q, of, k, v, k_source, v_source, slope, total, d, span.inner, span.outer, None,
-            C, False,
+            C, False, True,
         )  # fmt: skip
         sum_q = add_keys(
             sum_q, of, k, v, k_source, v_source, slope, total, d, span.outer, span.stop, None,
-            C, True,
+            C, True, False,
         )  # fmt: skip
     rows = max_q
     if cu_q is not None:

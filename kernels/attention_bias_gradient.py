@@ -94,7 +94,7 @@ def dbias_kernel(
                         False, C.I64,
                     )  # fmt: skip
                     p, _ = probabilities(
-                        x, tl.trans(y), of.at, j, h, slope, total[:, None], of, C, True
+                        x, tl.trans(y), of.at, j, h, slope, total[:, None], of, C, True, False
                     )
                     acc += score_gradients(p, u, tl.trans(w), of.at, j, h, d, of, C)
     ptr = dbias.ptr + own_b.to(tl.int64) * dbias.b + own_h.to(tl.int64) * dbias.h

@@ -56,9 +56,13 @@ class Queries(NamedTuple):
 
 @triton.jit
 def attend(
-    acc, m, l, of, k_source, v_source, first, last, tiles, C: tl.constexpr, MASKED: tl.constexpr
+    acc, m, l, of, k_source, v_source, first, last, tiles, C: tl.constexpr, MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Folds the key tiles [first, last), or those that `tiles` lists there, into acc, m, l."""
+    """Folds the key tiles [first, last), or those that `tiles` lists there, into acc, m, l.
+
+    WHOLE: none of their keys is beyond k_len.
+    """
     BLOCK_N: tl.constexpr = C.BLOCK_N
     PRECISION: tl.constexpr = C.PRECISION
     factor = 1.0
@@ -71,16 +75,16 @@ def attend(
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)[None, :]
         y = load_rows(
-            k_source, of.k, j0, of.limits.k_len, BLOCK_N, C.D, C.BLOCK_D, MASKED, C.DESCRIPTORS,
-            C.I64,
+            k_source, of.k, j0, of.limits.k_len, BLOCK_N, C.D, C.BLOCK_D, not WHOLE,
+            C.DESCRIPTORS, C.I64,
         )  # fmt: skip
-        s = tile_scores(
+        s, _ = tile_scores(
             of.x, tl.trans(y), of.i, j, of.b, of.h, of.limits, of.rule, of.slope, of.bias,
-            of.mask, MASKED, C.RAW, C.I64, PRECISION,
+            of.mask, MASKED, WHOLE, C.RAW, C.I64, PRECISION,
         )  # fmt: skip
         z = load_rows(
-            v_source, of.v, j0, of.limits.k_len, BLOCK_N, C.DV, C.BLOCK_DV, MASKED, C.DESCRIPTORS,
-            C.I64,
+            v_source, of.v, j0, of.limits.k_len, BLOCK_N, C.DV, C.BLOCK_DV, not WHOLE,
+            C.DESCRIPTORS, C.I64,
         )  # fmt: skip
         keep = None
         if of.dropout.seed is not None:
@@ -129,18 +133,23 @@ def forward_kernel(
 
     if live is not None:
         tiles = row_base(live, b, h) + tile.to(tl.int64) * live.t
-        last = tl.load(tiles) + 1
-        acc, m, l = attend(acc, m, l, of, k_source, v_source, 1, last, tiles, C, True)
+        stop = tl.load(tiles) + 1
+        # The list ascends, so that only its last tile may reach beyond the keys.
+        last = tl.maximum(stop - 1, 1)
+        acc, m, l = attend(acc, m, l, of, k_source, v_source, 1, last, tiles, C, True, True)
+        acc, m, l = attend(acc, m, l, of, k_source, v_source, last, stop, tiles, C, True, False)
     else:
         span = key_range(i0, i0 + BLOCK_M, limits, C.BLOCK_N)
         if left is not None:
             acc, m, l = attend(
-                acc, m, l, of, k_source, v_source, span.start, span.inner, None, C, True
+                acc, m, l, of, k_source, v_source, span.start, span.inner, None, C, True, False
             )
         acc, m, l = attend(
-            acc, m, l, of, k_source, v_source, span.inner, span.outer, None, C, False
+            acc, m, l, of, k_source, v_source, span.inner, span.outer, None, C, False, True
         )
-        acc, m, l = attend(acc, m, l, of, k_source, v_source, span.outer, span.stop, None, C, True)
+        acc, m, l = attend(
+            acc, m, l, of, k_source, v_source, span.outer, span.stop, None, C, True, False
+        )
 
     if gain is not None:
         acc = acc * gain

@@ -13,13 +13,12 @@ from torch import Tensor
 from .attention_arguments import SIZES, Arguments, block_of
 from .tile import (
     LOG2E,
-    add_and_exclude,
     base,
     bounds,
     keep_mask,
     load_rows,
     row_base,
-    tile_product,
+    tile_scores,
 )
 
 
@@ -40,14 +39,18 @@ class Own(NamedTuple):
 
 
 @triton.jit
-def probabilities(x, y, i, j, h, slope, lse, of, C: tl.constexpr, MASKED: tl.constexpr):
+def probabilities(
+    x, y, i, j, h, slope, lse, of, C: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
     """exp(s - lse) of one tile and the products that s came from, for x y = q k^T or k q^T.
 
     lse is in base 2, +inf for a query that has nothing or does not exist.
     """
     PRECISION: tl.constexpr = C.PRECISION
-    product = tile_product(x, y, of.rule, C.RAW, PRECISION)
-    s = add_and_exclude(product, i, j, of.b, h, of.limits, slope, of.bias, of.mask, MASKED, C.I64)
+    s, product = tile_scores(
+        x, y, i, j, of.b, h, of.limits, of.rule, slope, of.bias, of.mask, MASKED, WHOLE, C.RAW,
+        C.I64, PRECISION,
+    )  # fmt: skip
     if C.RAW:
         s = s * of.rule.scale
     return tl.exp2(s - lse), product

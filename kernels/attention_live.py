@@ -41,8 +41,11 @@ def live_kernel(
             i0, j0 = other * BLOCK_M, own * BLOCK_N
         i = i0 + tl.arange(0, BLOCK_M)[:, None]
         j = j0 + tl.arange(0, BLOCK_N)[None, :]
-        x = load_plane(mask, b, h, i, j, limits, I64).to(tl.int32)
-        some = tl.max(tl.max(x, 1), 0) > 0
+        if j0 + BLOCK_N <= k_len:
+            x = load_plane(mask, b, h, i, j, limits, True, I64)
+        else:
+            x = load_plane(mask, b, h, i, j, limits, False, I64)
+        some = tl.max(tl.max(x.to(tl.int32), 1), 0) > 0
         tl.store(entries + 1 + count, other, mask=some)
         count += some.to(tl.int32)
     tl.store(entries, count)

@@ -138,8 +138,20 @@ def add_and_exclude(
         MASKED: apply the limits. Without it the caller knows that all of the tile is within.
             Queries beyond q_len are the caller's business in either case.
     """
+    more = None
+    allowed = None
     if bias is not None:
-        s += load_plane(bias, b, h, i, j, limits, I64).to(tl.float32) * LOG2E
+        more = load_plane(bias, b, h, i, j, limits, False, I64)
+    if mask is not None:
+        allowed = load_plane(mask, b, h, i, j, limits, False, I64)
+    return add_loaded(s, i, j, limits, slope, more, allowed, MASKED)
+
+
+@triton.jit
+def add_loaded(s, i, j, limits, slope, more, allowed, MASKED: tl.constexpr):
+    """As add_and_exclude, of the tiles of bias and mask themselves."""
+    if more is not None:
+        s += more.to(tl.float32) * LOG2E
     if slope is not None:
         s -= slope * tl.abs(i + limits.shift - j).to(tl.float32)
     if MASKED:
@@ -149,22 +161,34 @@ def add_and_exclude(
         if limits.right is not None:
             keep = keep & (j <= i + limits.shift + limits.right)
         s = tl.where(keep, s, float("-inf"))
-    if mask is not None:
-        s = tl.where(load_plane(mask, b, h, i, j, limits, I64) != 0, s, float("-inf"))
+    if allowed is not None:
+        s = tl.where(allowed != 0, s, float("-inf"))
     return s
 
 
 @triton.jit
 def tile_scores(
     x, y, i, j, b, h, limits, rule, slope, bias, mask,
-    MASKED: tl.constexpr, RAW: tl.constexpr, I64: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, RAW: tl.constexpr, I64: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The scores of one tile in base 2, -inf where excluded: tile_product, add_and_exclude.
+    """The scores of one tile in base 2, -inf where excluded, and the products that they came from:
+    tile_product, add_and_exclude.
 
     x y is q k^T with i (M, 1), j (1, N), or its transpose k q^T with i (1, M), j (N, 1).
+    WHOLE: no key of the tile is beyond k_len.
     """
-    s = tile_product(x, y, rule, RAW, PRECISION)
-    return add_and_exclude(s, i, j, b, h, limits, slope, bias, mask, MASKED, I64)
+    # Bias and mask are loaded before the product. They are on their way meanwhile; and after it,
+    # Triton would carry the softmax in their layout too, and compute all of it twice.
+    more = None
+    allowed = None
+    if bias is not None:
+        more = load_plane(bias, b, h, i, j, limits, WHOLE, I64)
+    if mask is not None:
+        allowed = load_plane(mask, b, h, i, j, limits, WHOLE, I64)
+    product = tile_product(x, y, rule, RAW, PRECISION)
+    s = add_loaded(product, i, j, limits, slope, more, allowed, MASKED)
+    return s, product
 
 
 @triton.jit
@@ -378,11 +402,17 @@ def store_rows(
 
 
 @triton.jit
-def load_plane(plane, b, h, i, j, limits, I64: tl.constexpr):
-    """The tile of a Plane at positions i, j (either orientation), 0 beyond the lengths."""
+def load_plane(plane, b, h, i, j, limits, WHOLE: tl.constexpr, I64: tl.constexpr):
+    """The tile of a Plane at positions i, j (either orientation), 0 beyond the lengths.
+
+    WHOLE says that no key is: without a condition along j, neighbours come in one load.
+    """
     ptr = plane.ptr + b.to(tl.int64) * plane.b + h.to(tl.int64) * plane.h
     ptrs = ptr + (offsets(i, plane.i, I64) + offsets(j, plane.j, I64))
-    return tl.load(ptrs, mask=(i < limits.q_len) & (j < limits.k_len), other=0)
+    exists = (i < limits.q_len) & (j == j)
+    if not WHOLE:
+        exists = exists & (j < limits.k_len)
+    return tl.load(ptrs, mask=exists, other=0)
 
 
 @triton.jit
