@@ -10,8 +10,8 @@ table.
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from benchmarks.recurrent_gpu_cases import (
     HALF,
     LOOP,
     OURS,
+    OURS_TF32,
     TF32,
     TORCH,
     CellLoop,
@@ -73,10 +74,18 @@ def rates() -> Rates | None:
     return measure() if device.GPU else None
 
 
-def flags_of(name: str) -> AbstractContextManager[None]:
-    """cuDNN's switches for a contestant. TF32 is off for all but one, as it is in seqkern."""
-    enabled = name not in (LOOP, CELLS)
-    return torch.backends.cudnn.flags(enabled=enabled, allow_tf32=name == TF32)
+@contextmanager
+def flags_of(name: str) -> Iterator[None]:
+    """PyTorch's switches for a contestant: of recurrent layers, which seqkern's follow too, and of
+    the products beside them."""
+    enabled, tf32 = name not in (LOOP, CELLS), name in (TF32, OURS_TF32)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        with torch.backends.cudnn.flags(enabled=enabled, allow_tf32=tf32):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def under(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -94,10 +103,10 @@ def contestant(name: str, cell: Cell, problem: Problem) -> Contestant:
     dtype = torch.float16 if name == HALF else getattr(torch, cell.dtype)
     if name == CELLS:
         return cell_loop(cell, problem, dtype)
-    namespace = seqkern.nn if name == OURS else torch.nn
+    namespace = seqkern.nn if name in (OURS, OURS_TF32) else torch.nn
     entry = module_contestant(name, cell, problem, namespace, dtype)
     # TF32 keeps as many bits of a factor as float16.
-    return replace(entry, dtype="float16") if name in (HALF, TF32) else entry
+    return replace(entry, dtype="float16") if name in (HALF, TF32, OURS_TF32) else entry
 
 
 def cell_loop(cell: Cell, problem: Problem, dtype: torch.dtype) -> Contestant:
@@ -126,7 +135,7 @@ def entrants(
                 entry = contestant(name, cell, problem)
                 repeat, calls[name] = device.repeated(entry.run)
         except RuntimeError as error:  # out of memory among others
-            if name == OURS:
+            if name in (OURS, OURS_TF32):
                 raise
             refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             continue
@@ -141,7 +150,8 @@ def explained(cell: Cell, problem: Problem) -> tuple[list[str], list[str]]:
     layer = torch_module(cell, seqkern.nn, device.DEVICE).to(dtype)
     x = problem.x.to(dtype)
     sizes = problem.batch_sizes
-    told = seqkern.explain(layer, x if sizes is None else PackedSequence(x, sizes))
+    with flags_of(OURS):
+        told = seqkern.explain(layer, x if sizes is None else PackedSequence(x, sizes))
     return [line.kernel for line in told], [line.reason for line in told]
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.cells import Cell, Goal, Row
 
-OURS = "seqkern"
+# Without TF32, and with it.
+OURS, OURS_TF32 = "seqkern", "seqkern tf32"
 # torch.nn as it stands, which on a GPU is cuDNN's without TF32; the same with TF32; in float16;
 # with cuDNN switched off, which leaves PyTorch's own step by step; and a loop of cells.
 TORCH, TF32, HALF, LOOP = "torch", "torch tf32", "torch float16", "torch step by step"
@@ -52,7 +53,7 @@ def _cells(kind: str, mode: str = "LSTM", B=GRID_B, T=GRID_T, H=GRID_H, dtypes=D
 def _row(key: str, title: str, goal: Goal | None, cells: Iterable[GpuCell], *peers: str) -> Row:
     cells = tuple(cells)
     kind = cells[0].kind
-    peers = peers or (TORCH, TF32, HALF, LOOP)
+    peers = peers or (TORCH, TF32, OURS_TF32, HALF, LOOP)
     goals = (goal,) if goal else ()
     return Row(f"gpu-{key}-{kind}", f"{title}, {KINDS[kind]}", peers, goals, cells)
 
@@ -129,7 +130,7 @@ def parse_slice(text: str) -> tuple[int, int]:
 
 def peers_of(row: Row, cell: Cell) -> list[str]:
     """Those of a row's peers that are not the same as another in this cell."""
-    absent = {TF32} if cell.dtype != F32 else set()
+    absent = {TF32, OURS_TF32} if cell.dtype != F32 else set()
     absent |= {HALF} if cell.dtype == F16 else set()
     return [peer for peer in row.peers if peer not in absent]
 

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: one seed, one thread, and the GPU marker."""
+"""Fixtures of the whole suite: one seed, one thread, no TF32, and the GPU marker."""
 
 import os
 import random
@@ -10,6 +10,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Of recurrent layers on CUDA, where PyTorch allows it unless told otherwise.
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)

@@ -18,16 +18,21 @@ CUDA_HOME = load_setup().find_cuda_home()
 needs_nvcc = pytest.mark.skipif(CUDA_HOME is None, reason="no nvcc on this machine")
 
 CELLS = {0: "LSTM", 1: "GRU", 2: "RNN_TANH"}  # by Mode; the last is that of both Elman cells
-TYPES = {"f": "float32", "NS_4bf16E": "bfloat16", "NS_3f16E": "float16"}
+TYPES = {"f": "float32", "NS_4tf32E": "tf32", "NS_4bf16E": "bfloat16", "NS_3f16E": "float16"}
 NAME = re.compile(
-    r"recurrent_(forward|backward)ILNS_4ModeE(\d)E(f|NS_4bf16E|NS_3f16E)NS0_\d+(\w+?)EEE"
+    r"recurrent_(forward|backward)ILNS_4ModeE(\d)E(f|NS_4tf32E|NS_4bf16E|NS_3f16E)NS0_\d+(\w+?)EEE"
 )
 
 # The 65536 of a multiprocessor over the threads of a block, and what an instruction can name.
 REGISTERS = {"block": 168, "cluster": 255, "grid": 255}
 # Bytes that go through memory where blocks share a slice: the set-up stores them before the steps,
 # and a step reads one word of them again.
-SPILLED = {("LSTM", "sm_120"): 40}
+SPILLED = {
+    ("LSTM", "sm_80"): 32,
+    ("LSTM", "sm_90a"): 16,
+    ("LSTM", "sm_100"): 16,
+    ("LSTM", "sm_120"): 40,
+}
 # Bytes of shared memory that a block may ask for.
 SHARED = {"sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 CARDS = {"block": assembled.ARCHS, "cluster": assembled.ARCHS[1:], "grid": assembled.ARCHS}
@@ -108,13 +113,36 @@ def test_weights_in_shared_memory_are_read_16_bytes_at_a_time(skeleton, arch):
             assert used.count("LDS.128"), (cell, dtype)
 
 
+STEP = re.compile(r"step_(forward|backward)ILNS_4ModeE(\d)E(f|NS_4bf16E|NS_3f16E)Li(\d)EEE")
+
+
+@needs_nvcc
+@pytest.mark.xdist_group("assembled")
+def test_the_kernels_of_one_step_take_16_bytes_at_a_time():
+    """And keep everything in registers, for each card."""
+    source = assembled.ROOT / "csrc/core/cuda/step.cu"
+    found = assembled.usage(source, CUDA_HOME, binaries.TOOLS / "nvdisasm")
+    for arch, of in found.items():
+        assert len(of) == 2 * len(CELLS) * 3 * 2, arch
+        for mangled, used in of.items():
+            name = STEP.search(mangled)
+            assert name, mangled
+            assert (used.stack, used.spilled, used.count("CALL")) == (0, 0, 0), (arch, mangled)
+            wide = int(name[4]) > 1
+            loads, stores = used.count("LDG.E.128"), used.count("STG.E.128")
+            assert (loads >= 3, stores >= 2) == (wide, wide), (arch, mangled, loads, stores)
+
+
 # The largest H whose forward and backward both fit one block: what the documentation promises.
 LARGEST = {
     ("LSTM", torch.float32): (64, 88, 104),
+    ("LSTM", "tf32"): (80, 96, 120),
     ("LSTM", torch.bfloat16): (112, 144, 176),
     ("GRU", torch.float32): (80, 96, 128),
+    ("GRU", "tf32"): (96, 120, 144),
     ("GRU", torch.float16): (144, 176, 192),
     ("RNN_TANH", torch.float32): (136, 184, 192),
+    ("RNN_TANH", "tf32"): (192, 192, 192),
     ("RNN_RELU", torch.bfloat16): (192, 192, 192),
 }
 
@@ -131,10 +159,13 @@ CARD = {"sm_120": (170, True), "sm_80": (108, False), "sm_90a": (132, True)}
 # Likewise for a cluster's forward, its backward, and a grid that has both.
 LARGEST_SHARED = {
     ("LSTM", torch.float32): ((256, 0, 352), (176, 0, 288), (240, 416, 592)),
+    ("LSTM", "tf32"): ((320, 0, 512), (256, 0, 416), (496, 640, 832)),
     ("LSTM", torch.bfloat16): ((512, 0, 672), (480, 0, 576), (1008, 1280, 1664)),
     ("GRU", torch.float32): ((256, 0, 480), (240, 0, 384), (336, 560, 784)),
+    ("GRU", "tf32"): ((416, 0, 512), (320, 0, 512), (640, 896, 1088)),
     ("GRU", torch.float16): ((512, 0, 768), (512, 0, 768), (1280, 1728, 2112)),
     ("RNN_TANH", torch.float32): ((480, 0, 768), (480, 0, 768), (992, 1680, 2112)),
+    ("RNN_TANH", "tf32"): ((624, 0, 960), (672, 0, 1024), (1984, 1728, 2112)),
     ("RNN_RELU", torch.bfloat16): ((1024, 0, 1280), (1024, 0, 1344), (2720, 3200, 4032)),
 }
 

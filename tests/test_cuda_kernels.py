@@ -6,6 +6,7 @@ says anything of speed, nor of the rounding inside a tensor core.
 """
 
 import importlib
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,16 +14,17 @@ import torch
 from torch import Tensor
 
 from seqkern.ops import _recurrent_block as block
-from seqkern.ops.choice import choose
+from seqkern.ops import _recurrent_steps as steps
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
-from seqkern.testing.tolerance import assert_within_budget, neighbours
+from seqkern.testing.tolerance import assert_within_budget, neighbours, relative_error
 from tests.recurrent_layers import layer_arguments
-from tests.simt.emulator import Emulator, fits
+from tests.simt.emulator import Emulator, Kind, fits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = [*DTYPES, "tf32"]  # the last is float32 where products may take 11 bits of a factor
 every_mode = pytest.mark.parametrize("mode", list(GATES))
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
 Results = dict[str, Tensor]
 
@@ -46,11 +48,12 @@ def named(results: tuple, grads: tuple) -> Results:
 class Problem:
     """One layer's inputs, and gradients of its outputs."""
 
-    def __init__(self, mode: str, dtype, T=2, B=3, H=5, D=1, lengths=(), bias=True):
+    def __init__(self, mode: str, kind: Kind, T=2, B=3, H=5, D=1, lengths=(), bias=True):
+        dtype = torch.float32 if isinstance(kind, str) else kind
         if lengths:
             T, B = lengths[0], len(lengths)
         x, self.h0, self.c0, self.weights = arguments(mode, T, B, 3, H, D, dtype, bias)
-        self.mode, self.batch_sizes = mode, None
+        self.mode, self.kind, self.batch_sizes = mode, kind, None
         if lengths:
             self.batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(T)])
             x = x.reshape(T * B, -1)[: sum(lengths)]
@@ -66,7 +69,7 @@ class Problem:
     def replaced(self, tensors) -> "Problem":
         """The same problem with other tensors, in the order of `tensors()`."""
         new, left = object.__new__(Problem), list(tensors)
-        new.mode, new.batch_sizes = self.mode, self.batch_sizes
+        new.mode, new.kind, new.batch_sizes = self.mode, self.kind, self.batch_sizes
         new.x, new.h0 = left.pop(0), left.pop(0)
         new.c0 = None if self.c0 is None else left.pop(0)
         new.grads = (left.pop(0), left.pop(0), None if self.c0 is None else left.pop(0))
@@ -82,10 +85,26 @@ class Problem:
     def block(self, seed: int = 0, skeleton: str = "block", groups: int = 1) -> Results:
         args = (self.x, self.batch_sizes, self.h0, self.c0, self.weights)
         machine = Emulator(seed, skeleton, groups)
-        out = block.forward(machine.forward, *args, self.mode, True)
-        saved = (out[0], out[3], out[4])
-        grads = block.backward(machine.backward, self.grads, *args, saved, self.mode, True, True)
-        return named(out, grads)
+        forward, backward = machine.forward, machine.backward
+        if skeleton == "steps":
+            forward = partial(steps.forward, Emulator(seed).step)
+            backward = partial(steps.backward, Emulator(seed).step_backward)
+        with torch.backends.cudnn.flags(allow_tf32=self.kind == "tf32"):
+            out = block.forward(forward, *args, self.mode, True)
+            of = (*args, (out[0], out[3], out[4]), self.mode)
+            return named(out, block.backward(backward, self.grads, *of, True, True))
+
+    def assert_right(self, got: Results) -> None:
+        """Within the budget of the dtype; TF32's is float16's, which keeps as many bits."""
+        tensors = self.tensors()
+        exact = self.replaced(t.double() for t in tensors).reference()
+        dtype = tensors[0].dtype
+        if self.kind == "tf32":
+            assert {t.dtype for t in got.values()} == {torch.float32}
+            dtype = torch.float16
+            tensors, got = [t.half() for t in tensors], {n: t.half() for n, t in got.items()}
+        same = [self.replaced(near).reference() for near in neighbours(tensors)]
+        assert_within_budget(got, exact, same, dtype)
 
 
 # H around and beyond a warp's units; one slice of the batch, and several with rows to spare.
@@ -102,14 +121,25 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()))
-@every_dtype
+@every_kind
 @every_mode
-def test_values_against_float64(mode: str, dtype: torch.dtype, shape: dict) -> None:
-    problem = Problem(mode, dtype, **shape)
-    tensors = problem.tensors()
-    exact = problem.replaced(t.double() for t in tensors).reference()
-    same = [problem.replaced(near).reference() for near in neighbours(tensors)]
-    assert_within_budget(problem.block(), exact, same, dtype)
+def test_values_against_float64(mode: str, kind: Kind, shape: dict) -> None:
+    problem = Problem(mode, kind, **shape)
+    problem.assert_right(problem.block())
+
+
+# Of a step, threads take 16 bytes (H = 64, 8 values of two bytes) or one value (odd H); of 300 rows
+# there are several blocks of threads, and the last has threads without rows.
+STEPS = [*SHAPES, {"T": 2, "B": 300, "H": 3}, {"lengths": (5, 3, 3, 1), "H": 24, "D": 2}]
+STEPS += [{"T": 2, "B": 0, "H": 5}]
+
+
+@pytest.mark.parametrize("shape", STEPS, ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()))
+@pytest.mark.parametrize("kind", DTYPES, ids=str)
+@every_mode
+def test_values_of_a_launch_for_each_step(mode: str, kind: Kind, shape: dict) -> None:
+    problem = Problem(mode, kind, **shape)
+    problem.assert_right(problem.block(1, "steps"))
 
 
 # Two to four blocks share a slice, of 16 or 32 units each, and one to four warps a group of units.
@@ -124,26 +154,19 @@ SHARED = [
 
 @pytest.mark.parametrize("shape", SHARED, ids=lambda s: f"H{s[0]['H']}-{s[1]}")
 @pytest.mark.parametrize("skeleton", ["cluster", "grid"])
-@every_dtype
+@every_kind
 @every_mode
-def test_values_of_blocks_that_share_a_slice(mode, dtype, skeleton: str, shape) -> None:
-    problem = Problem(mode, dtype, **shape[0])
-    tensors = problem.tensors()
-    exact = problem.replaced(t.double() for t in tensors).reference()
-    same = [problem.replaced(near).reference() for near in neighbours(tensors)]
-    got = problem.block(3, skeleton, shape[1])
-    assert_within_budget(got, exact, same, dtype)
+def test_values_of_blocks_that_share_a_slice(mode, kind: Kind, skeleton: str, shape) -> None:
+    problem = Problem(mode, kind, **shape[0])
+    problem.assert_right(problem.block(3, skeleton, shape[1]))
 
 
 @every_mode
 def test_values_of_many_blocks(mode: str) -> None:
     """Eight warps for each group of units, of which four have cells, and one step of k for most."""
     problem = Problem(mode, torch.bfloat16, T=3, B=2, H=125)
-    tensors = problem.tensors()
-    exact = problem.replaced(t.double() for t in tensors).reference()
-    same = [problem.replaced(near).reference() for near in neighbours(tensors)]
     got = problem.block(1, "cluster", 1)
-    assert_within_budget(got, exact, same, torch.bfloat16)
+    problem.assert_right(got)
     assert_equal(problem.block(2, "grid", 1), got)
 
 
@@ -152,32 +175,32 @@ def assert_equal(got: Results, expected: Results) -> None:
         assert torch.equal(got[name], t), name
 
 
-@every_dtype
+@every_kind
 @every_mode
-def test_any_order_of_threads_gives_the_same_bits(mode: str, dtype: torch.dtype) -> None:
-    problem = Problem(mode, dtype, lengths=(5, 4, 4, 4, 4, 2, 2, 2, 2, 1), H=33, D=2)
+def test_any_order_of_threads_gives_the_same_bits(mode: str, kind: Kind) -> None:
+    problem = Problem(mode, kind, lengths=(5, 4, 4, 4, 4, 2, 2, 2, 2, 1), H=33, D=2)
     expected = problem.block()
     for seed in (1, 2):
         assert_equal(problem.block(seed), expected)
 
 
-@every_dtype
+@every_kind
 @every_mode
-def test_any_order_of_blocks_gives_the_same_bits(mode: str, dtype: torch.dtype) -> None:
+def test_any_order_of_blocks_gives_the_same_bits(mode: str, kind: Kind) -> None:
     """Whether the values go through a cluster or a grid."""
-    problem = Problem(mode, dtype, lengths=(6, 5, 5, 5, 5, 2, 2, 2, 2, 1), H=35, D=2)
+    problem = Problem(mode, kind, lengths=(6, 5, 5, 5, 5, 2, 2, 2, 2, 1), H=35, D=2)
     expected = problem.block(0, "cluster")
     for skeleton, seeds in (("cluster", (1, 2)), ("grid", (0, 1, 2))):
         for seed in seeds:
             assert_equal(problem.block(seed, skeleton), expected)
 
 
-@pytest.mark.parametrize("skeleton", ["block", "grid"])
-@every_dtype
+@pytest.mark.parametrize("skeleton", ["block", "cluster", "grid"])
+@every_kind
 @every_mode
-def test_a_row_has_the_same_bits_in_any_batch(mode: str, dtype, skeleton: str) -> None:
+def test_a_row_has_the_same_bits_in_any_batch(mode: str, kind: Kind, skeleton: str) -> None:
     T, B, H = 3, 11, 20
-    whole = Problem(mode, dtype, T=T, B=B, H=H, D=2)
+    whole = Problem(mode, kind, T=T, B=B, H=H, D=2)
     expected = whole.block(0, skeleton)
     for first, last in ((0, 1), (3, 5), (8, 11)):
         rows = slice(first, last)
@@ -188,6 +211,24 @@ def test_a_row_has_the_same_bits_in_any_batch(mode: str, dtype, skeleton: str) -
         for name in ("y", "h_n", "c_n", "dx", "dh0", "dc0"):
             if name in expected:
                 assert torch.equal(got[name], expected[name][:, rows]), (name, rows)
+
+
+@every_mode
+def test_tf32_is_taken_where_the_switch_of_cudnn_allows_it(mode: str) -> None:
+    """And changes the sums of products alone: what is stored has all bits of float32."""
+    problem = Problem(mode, torch.float32, T=3, B=2, H=40)
+    tensors = [t.double() for t in problem.tensors()]
+    exact, got = problem.replaced(tensors).reference(), {}
+    for problem.kind in ("tf32", torch.float32):
+        got[problem.kind] = problem.block()
+    errors = {kind: relative_error(r["y"], exact["y"]) for kind, r in got.items()}
+    assert 1e-5 < errors["tf32"] < 2e-3
+    assert errors[torch.float32] < 1e-6
+    assert block.products(torch.float32) == "float32"
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        assert [block.products(dtype) for dtype in DTYPES] == ["tf32", "16 bit", "16 bit"]
+    y = got["tf32"]["y"]
+    assert not torch.equal(y, (y.view(torch.int32) & -(1 << 13)).view(torch.float32))
 
 
 @every_mode
@@ -249,10 +290,7 @@ def test_values_of_the_largest_layer(mode: str) -> None:
     """Most of the weights lie in shared memory there, and all warps work."""
     H = max(h for h in range(193) if fits(mode, torch.bfloat16, h, 227 << 10))
     p = Problem(mode, torch.bfloat16, T=2, B=1, H=H)
-    tensors = p.tensors()
-    exact = p.replaced(t.double() for t in tensors).reference()
-    same = [p.replaced(near).reference() for near in neighbours(tensors)]
-    assert_within_budget(p.block(), exact, same, torch.bfloat16)
+    p.assert_right(p.block())
 
 
 @pytest.fixture
@@ -269,24 +307,23 @@ def cuda_ops(monkeypatch: pytest.MonkeyPatch):
 
     launch("recurrent_block", Emulator().forward)
     launch("recurrent_block_backward", Emulator().backward)
+    launch("recurrent_step", Emulator().step)
+    launch("recurrent_step_backward", Emulator().step_backward)
 
-    def fit(mode: str, half: bool, hidden: int, device: int) -> bool:
-        return fits(mode, torch.bfloat16 if half else torch.float32, hidden, 163 << 10)
+    def room(mode: str, products: str, hidden: int, device: int) -> str:
+        kinds: dict[str, Kind] = {"16 bit": torch.bfloat16, "float32": torch.float32}
+        return "block" if fits(mode, kinds.get(products, products), hidden, 163 << 10) else ""
 
-    monkeypatch.setattr(block, "fits", fit)
+    monkeypatch.setattr(block, "room", room)
     return importlib.import_module("seqkern.ops.recurrent"), launched
 
 
 @pytest.mark.parametrize(
-    ("dtype", "H", "blocks"),
-    [
-        (torch.float32, 5, True),
-        (torch.float32, 96, False),
-        (torch.float64, 5, False),
-    ],
+    ("dtype", "H", "skeleton"),
+    [(torch.float32, 5, "block"), (torch.float32, 96, "step"), (torch.float64, 5, None)],
     ids=str,
 )
-def test_the_kernels_that_the_ops_have_on_cuda(cuda_ops, dtype, H: int, blocks: bool) -> None:
+def test_the_kernels_that_the_ops_have_on_cuda(cuda_ops, dtype, H: int, skeleton) -> None:
     ops, launched = cuda_ops
     p = Problem("LSTM", dtype, lengths=(3, 2), H=H, D=2)
     args = (p.x, p.batch_sizes, p.h0, p.c0, p.weights)
@@ -299,18 +336,18 @@ def test_the_kernels_that_the_ops_have_on_cuda(cuda_ops, dtype, H: int, blocks: 
     for name, t in named(out, grads).items():
         torch.testing.assert_close(t, expected[name], rtol=1e-4, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip((y, h_n, c_n), out, strict=False))
-    names = ["recurrent_block", "recurrent_block", "recurrent_block_backward"]
-    assert launched == (names if blocks else [])
+    # Three steps in two directions each, where they are not one launch.
+    name, each = f"recurrent_{skeleton}", 6 if skeleton == "step" else 1
+    names = [name] * 2 * each + [f"{name}_backward"] * each
+    assert launched == (names if skeleton else [])
 
 
-def test_a_refused_layer_is_explained(cuda_ops) -> None:
-    x = torch.zeros(1, dtype=torch.bfloat16)
-    assert block.refusal("LSTM", x, 144, False) is None
-    assert "145 units does not fit the thread blocks" in (
-        block.refusal("LSTM", x, 145, False) or ""
-    )
-    assert "projection" in (block.refusal("LSTM", x, 5, True) or "")
-    assert "float64" in (block.refusal("LSTM", x, 5, False, torch.float64) or "")
-    assert choose(native=True, device="cuda").kernel == "native"
-    refused = choose(native=True, device="cuda", refusal="why")
-    assert (refused.kernel, refused.reason) == ("reference", "why")
+def test_what_a_layer_runs_is_explained(cuda_ops) -> None:
+    assert block.refusal(torch.bfloat16, False) is None
+    assert "projection" in (block.refusal(torch.bfloat16, True) or "")
+    assert "float64" in (block.refusal(torch.float64, False) or "")
+    assert block.reason("LSTM", torch.bfloat16, 144, 0).endswith("thread blocks: block")
+    assert "step: W_hh of 145 units does not fit" in block.reason("LSTM", torch.bfloat16, 145, 0)
+    assert block.reason("LSTM", torch.float32, 88, 0).endswith(": block")
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        assert block.reason("LSTM", torch.float32, 96, 0).endswith(": block, in TF32")

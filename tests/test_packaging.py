@@ -142,13 +142,15 @@ def test_build_compiles_cuda_on_demand(small_cuda_project):
 CUDA_OPS = """
 import torch, seqkern._C
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-for op in ("recurrent_block", "recurrent_block_backward"):
+for op in ("recurrent_block", "recurrent_block_backward", "recurrent_step"):
     assert has_kernel(f"seqkern::{op}", "CUDA")
-fits = torch.ops.seqkern.recurrent_block_fits("LSTM", True, 64, 0)
-assert fits == torch.cuda.is_available()
+room = torch.ops.seqkern.recurrent_block_room("LSTM", "16 bit", 64, 0)
+assert bool(room) == torch.cuda.is_available()
 x = torch.zeros(2, 16)
 try:
-    torch.ops.seqkern.recurrent_block(x, None, x[None], x[None], [x], [], [], "LSTM", False)
+    torch.ops.seqkern.recurrent_block(
+        x, None, x[None], x[None], [x], [], [], "LSTM", False, False
+    )
 except NotImplementedError as error:
     assert "'CPU' backend" in str(error)
 else:

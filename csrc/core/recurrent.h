@@ -10,13 +10,17 @@
 namespace seqkern {
 
 enum class Mode : int { lstm = 0, gru = 1, rnn_tanh = 2, rnn_relu = 3 };
-enum class Type : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+// tf32 is f32 in memory, of which products take the first 11 bits: on CUDA alone, so that the
+// tables of the CPU's kernels have kTypes entries without it.
+enum class Type : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, tf32 = 4 };
 constexpr int kModes = 4, kTypes = 4, kMaxDirections = 2;
 
 inline int gates_of(Mode m) { return m == Mode::lstm ? 4 : m == Mode::gru ? 3 : 1; }
 // Columns that the backward needs per unit: LSTM i f g o; GRU r z n and W_hn h + b_hn; RNN none.
 inline int saved_of(Mode m) { return m == Mode::lstm || m == Mode::gru ? 4 : 0; }
-inline int size_of(Type t) { return t == Type::f64 ? 8 : t == Type::f32 ? 4 : 2; }
+inline int size_of(Type t) {
+  return t == Type::f64 ? 8 : t == Type::bf16 || t == Type::f16 ? 2 : 4;
+}
 
 // Where the inputs lie: row b of step t at base + t * step + b * row for a dense sequence, and at
 // base + (offset(t) + b) * row for a packed one (batch_sizes set).

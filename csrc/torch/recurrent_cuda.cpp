@@ -1,7 +1,6 @@
 // The steps of a recurrent layer on CUDA tensors: what seqkern/ops/_recurrent_block.py calls
 // between its products. Everything is checked again, since anyone can call torch.ops; the pointers
 // go to the launches of csrc/core/cuda, on the current stream of the tensors' device.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,9 +16,7 @@
 
 #include "arguments.h"
 #include "core/cuda/launch.h"
-
-// Weak, so that the library loads where torch has no CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "cuda_stream.h"
 
 namespace {
 
@@ -66,9 +63,9 @@ struct Call {
   torch::stable::accelerator::DeviceGuard guard;
 
   Call(const Tensor& h0_, const Optional& c0, const Optional& batch_sizes, int64_t n,
-       const Tensors& w_hh, const std::string& name, bool backward)
+       const Tensors& w_hh, const std::string& name, bool tf32, bool backward)
       : mode(mode_of(name)),
-        type(type_of(h0_)),
+        type(tf32 ? Type::tf32 : type_of(h0_)),
         h0(h0_),
         device(device_of(h0_)),
         gates(seqkern::gates_of(mode)),
@@ -76,6 +73,8 @@ struct Call {
     STD_TORCH_CHECK(h0.dim() == 3 && (h0.size(0) == 1 || h0.size(0) == 2) && h0.size(2) > 0,
                     "recurrent_block: h0 must be (D, B, H) with D 1 or 2 and H at least 1, got ",
                     list(sizes_of(h0)));
+    STD_TORCH_CHECK(!tf32 || h0.scalar_type() == ScalarType::Float,
+                    "recurrent_block: tf32 is for float32 tensors");
     s.D = h0.size(0), s.B = h0.size(1), s.H = h0.size(2), s.N = n;
     s.relu = mode == Mode::rnn_relu;
     take("h0", h0, {s.D, s.B, s.H});
@@ -148,14 +147,6 @@ struct Call {
     s.offsets = s.lengths + s.B;
   }
 
-  void* stream() const {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
-                    "recurrent_block: this torch has no CUDA streams");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    return stream;
-  }
-
   Tensor empty(std::vector<int64_t> sizes) const { return new_empty(h0, sizes); }
 };
 
@@ -166,10 +157,10 @@ void launched(const char* error) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Optional batch_sizes,
                                                            Tensor h0, Optional c0, Tensors w_hh,
                                                            Tensors b_ih, Tensors b_hh,
-                                                           std::string mode, bool save) {
+                                                           std::string mode, bool save, bool tf32) {
   STD_TORCH_CHECK(gx.dim() == 2, "recurrent_block: gx must be (N, D*G*H), got ",
                   list(sizes_of(gx)));
-  const Call call(h0, c0, batch_sizes, gx.size(0), w_hh, mode, false);
+  const Call call(h0, c0, batch_sizes, gx.size(0), w_hh, mode, tf32, false);
   const seqkern::cuda::Sequence& s = call.s;
   const int64_t width = call.gates * s.H, saved = save ? seqkern::saved_of(call.mode) : 0;
   const bool lstm = call.mode == Mode::lstm;
@@ -197,16 +188,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Optional b
   p.c_n = lstm ? c_n.mutable_data_ptr() : nullptr;
   p.gates = saved ? gates.mutable_data_ptr() : nullptr;
   p.cells = saved && lstm ? cells.mutable_data_ptr() : nullptr;
-  launched(seqkern::cuda::launch_forward(call.mode, call.type, p, call.device, call.stream()));
+  launched(seqkern::cuda::launch_forward(call.mode, call.type, p, call.device,
+                                         current_stream(call.device)));
   return {y, h_n, c_n, gates, cells};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Optional dy, Optional dh_n, Optional dc_n,
                                             Optional batch_sizes, Tensor h0, Optional c0,
                                             Tensors w_hh, Tensor y, Tensor gates, Tensor cells,
-                                            std::string mode) {
+                                            std::string mode, bool tf32) {
   STD_TORCH_CHECK(y.dim() == 2, "recurrent_block: y must be (N, D*H), got ", list(sizes_of(y)));
-  const Call call(h0, c0, batch_sizes, y.size(0), w_hh, mode, true);
+  const Call call(h0, c0, batch_sizes, y.size(0), w_hh, mode, tf32, true);
   const seqkern::cuda::Sequence& s = call.s;
   const bool lstm = call.mode == Mode::lstm;
   const int64_t saved = seqkern::saved_of(call.mode), columns = saved ? saved : 1;
@@ -224,17 +216,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(Optional dy, Optional dh_n, Optional
   if (lstm) p.dc_n = call.take("dc_n", dc_n, {s.D, s.B, s.H});
   p.dg = dg.mutable_data_ptr(), p.dh0 = dh0.mutable_data_ptr();
   p.dc0 = lstm ? dc0.mutable_data_ptr() : nullptr;
-  launched(seqkern::cuda::launch_backward(call.mode, call.type, p, call.device, call.stream()));
+  launched(seqkern::cuda::launch_backward(call.mode, call.type, p, call.device,
+                                          current_stream(call.device)));
   return {dg, dh0, dc0};
 }
 
-// By which skeletons the forward and the backward of a layer of `hidden` units of 16-bit (`half`)
-// or fp32 values run on a device, such as "cluster of 12, grid of 34"; "" where one of them does
-// not.
-std::string room_in_words(std::string mode, bool half, int64_t hidden, int64_t device) {
+// By which skeletons the forward and the backward of a layer of `hidden` units run on a device,
+// such as "cluster of 12, grid of 34"; "" where one of them does not. What matters of the products
+// is "float32", "tf32" or "16 bit".
+std::string room_in_words(std::string mode, std::string products, int64_t hidden, int64_t device) {
+  STD_TORCH_CHECK(products == "float32" || products == "tf32" || products == "16 bit",
+                  "recurrent_block: products must be \"float32\", \"tf32\" or \"16 bit\", got \"",
+                  products, "\"");
+  const Type type = products == "tf32"      ? Type::tf32
+                    : products == "float32" ? Type::f32
+                                            : Type::bf16;
   std::string words;
   for (const bool backward : {false, true}) {
-    const Type type = half ? Type::bf16 : Type::f32;
     const Room room = room_of(mode_of(mode), type, hidden, backward, int32_t(device));
     if (room.slices == 0) return "";
     const char* names[] = {"block", "cluster", "grid"};
@@ -245,27 +243,22 @@ std::string room_in_words(std::string mode, bool half, int64_t hidden, int64_t d
   return words;
 }
 
-bool fits(std::string mode, bool half, int64_t hidden, int64_t device) {
-  return !room_in_words(mode, half, hidden, device).empty();
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqkern, m) {
   m.def(
       "recurrent_block(Tensor gx, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] w_hh,"
-      " Tensor[] b_ih, Tensor[] b_hh, str mode, bool save)"
+      " Tensor[] b_ih, Tensor[] b_hh, str mode, bool save, bool tf32)"
       " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
       "recurrent_block_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? batch_sizes,"
-      " Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor y, Tensor gates, Tensor cells, str mode)"
+      " Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor y, Tensor gates, Tensor cells, str mode,"
+      " bool tf32)"
       " -> (Tensor dg, Tensor dh0, Tensor dc0)");
-  m.def("recurrent_block_fits(str mode, bool half, int hidden, int device) -> bool");
-  m.def("recurrent_block_room(str mode, bool half, int hidden, int device) -> str");
+  m.def("recurrent_block_room(str mode, str products, int hidden, int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) {
-  m.impl("recurrent_block_fits", TORCH_BOX(&fits));
   m.impl("recurrent_block_room", TORCH_BOX(&room_in_words));
 }
 

@@ -1,5 +1,5 @@
-"""The recurrent ops on CUDA where thread blocks hold W_hh for the whole sequence: the large
-products in PyTorch, all time steps in one launch.
+"""The recurrent ops on CUDA: the large products in PyTorch, all time steps in one launch where
+thread blocks hold W_hh for the whole sequence, else step by step (_recurrent_steps).
 
 The launches are arguments, so that the same code runs around the kernels on a GPU and around the
 emulated ones in the tests.
@@ -34,30 +34,47 @@ def by_kind(weights: list[Tensor], directions: int) -> BlockWeights:
     return BlockWeights(*kinds, *([] for _ in range(4 - each)))
 
 
-def refusal(
-    mode: str, x: Tensor, hidden: int, proj: bool, dtype: torch.dtype | None = None
-) -> str | None:
-    """Why x's device has no kernel for a layer, in `dtype` or x's own; None where it has one."""
-    dtype = dtype or x.dtype
+def refusal(dtype: torch.dtype, proj: bool) -> str | None:
+    """Why CUDA has no kernel for a layer; None where it has one."""
     if proj:
         return "the CUDA kernels have no projection"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the CUDA kernels take float32, bfloat16 and float16, not {dtype}"
-    if not fits(mode, dtype != torch.float32, hidden, x.device.index or 0):
-        return f"W_hh of {hidden} units does not fit the thread blocks that this GPU runs together"
     return None
 
 
+def products(dtype: torch.dtype) -> str:
+    """How the steps multiply: "16 bit", "tf32" where cuDNN's recurrent layers may (PyTorch's
+    default: torch.backends.cudnn.rnn.fp32_precision), else "float32"."""
+    if dtype != torch.float32:
+        return "16 bit"
+    allowed = torch.backends.cudnn.rnn.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return "tf32" if allowed == "tf32" else "float32"
+
+
 @functools.cache
-def fits(mode: str, half: bool, hidden: int, device: int) -> bool:
-    """What the device allows does not change, and asking it takes microseconds."""
-    return torch.ops.seqkern.recurrent_block_fits(mode, half, hidden, device)
+def room(mode: str, products: str, hidden: int, device: int) -> str:
+    """How forward and backward are spread over a device that holds all of W_hh, in words such as
+    "cluster of 12, grid of 34"; "" where it does not hold it. The answer does not change, and
+    asking for it takes microseconds."""
+    return torch.ops.seqkern.recurrent_block_room(mode, products, hidden, device)
 
 
-def skeletons(mode: str, dtype: torch.dtype, hidden: int, device: int) -> str:
-    """How forward and backward of a layer that fits are spread over a device, in words such as
-    "cluster of 12, grid of 34"."""
-    return torch.ops.seqkern.recurrent_block_room(mode, dtype != torch.float32, hidden, device)
+def fits(mode: str, dtype: torch.dtype, hidden: int, device: int) -> bool:
+    """Whether all steps run in one launch; else each takes one, by _recurrent_steps."""
+    return bool(room(mode, products(dtype), hidden, device))
+
+
+def reason(mode: str, dtype: torch.dtype, hidden: int, device: int) -> str:
+    """How a layer that is not refused runs on a device, for `explain`."""
+    how = products(dtype)
+    if words := room(mode, how, hidden, device):
+        words = f"{words}, in TF32" if how == "tf32" else words
+        return f"all steps run in one launch, W_hh stays in the thread blocks: {words}"
+    return (
+        f"a product and a launch for each step: W_hh of {hidden} units does not fit the thread "
+        "blocks that this GPU runs together"
+    )
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -86,7 +103,10 @@ def forward(
     w_ih = w.w_ih[0] if directions == 1 else torch.cat(w.w_ih)
     gx = product(x.reshape(-1, x.size(-1)), w_ih.t())
     states = h0.contiguous(), None if c0 is None else c0.contiguous()
-    y, h_n, c_n, gates, cells = launch(gx, batch_sizes, *states, w.w_hh, w.b_ih, w.b_hh, mode, save)
+    tf32 = products(x.dtype) == "tf32"
+    y, h_n, c_n, gates, cells = launch(
+        gx, batch_sizes, *states, w.w_hh, w.b_ih, w.b_hh, mode, save, tf32
+    )
     return y.view(*x.shape[:-1], y.size(-1)), h_n, c_n, gates, cells
 
 
@@ -112,7 +132,8 @@ def backward(
     dstates = [None if g is None else g.contiguous() for g in grads[1:]]
     states = h0.contiguous(), None if c0 is None else c0.contiguous()
     kept = (y, saved[1].contiguous(), saved[2].contiguous())
-    dg, dh0, dc0 = launch(dy, *dstates, batch_sizes, *states, w.w_hh, *kept, mode)
+    tf32 = products(x.dtype) == "tf32"
+    dg, dh0, dc0 = launch(dy, *dstates, batch_sizes, *states, w.w_hh, *kept, mode, tf32)
 
     n = GATES[mode] * hidden
     dax = dg[..., :n]

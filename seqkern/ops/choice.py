@@ -33,23 +33,6 @@ class Sizes:
     D: int
 
 
-def choose(*, native: bool, device: str = "cpu", refusal: str | None = None) -> Choice:
-    """The kernel for one recurrent layer.
-
-    Args:
-        native: whether a kernel of seqkern's own is registered for the device.
-        device: the type of the device.
-        refusal: why that kernel does not take this layer; None where it does.
-    """
-    if not native:
-        return Choice("reference", "no kernel of seqkern is loaded for this device")
-    if refusal is not None:
-        return Choice("reference", refusal)
-    if device != "cpu":
-        return Choice("native", "all steps run in one launch, W_hh stays in the thread blocks")
-    return Choice("native", "seqkern's own kernel serves every shape")
-
-
 def has_native_kernel(op: str, device: str) -> bool:
     """Whether a kernel other than the reference serves seqkern::`op` on this type of device."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"seqkern::{op}", device.upper())

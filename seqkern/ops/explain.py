@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqkern.ops import _recurrent_block as block
 from seqkern.ops._attention_explain import AttentionExplanation, explain_attention
-from seqkern.ops.choice import Sizes, choose, has_native_kernel, instructions
+from seqkern.ops.choice import Choice, Sizes, has_native_kernel, instructions
 from seqkern.ops.recurrent import needs_grad
 
 
@@ -102,18 +102,12 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
     snapshot = not grad and getattr(layer, "_packed", None) is not None
     if not cell and snapshot and layer._is_direct(input):
         op = "recurrent_prepacked"
-    native, refusal, lines = has_native_kernel(op, device), None, []
-    if native and device == "cuda":
-        refusal = block.refusal(mode, x, layer.hidden_size, bool(proj), dtype)
+    choice, lines = _recurrent_choice(op, mode, x, dtype, layer.hidden_size, bool(proj)), []
+    if snapshot:
+        choice = replace(choice, reason=f"{choice.reason}; on the weights of prepack()")
     for i in range(getattr(layer, "num_layers", 1)):
         inputs = x.size(-1) if i == 0 else directions * (proj or layer.hidden_size)
         sizes = Sizes(T, B, inputs, layer.hidden_size, directions)
-        choice = choose(native=native, device=device, refusal=refusal)
-        if snapshot:
-            choice = replace(choice, reason=f"{choice.reason}; on the weights of prepack()")
-        if device == "cuda" and choice.kernel == "native":
-            spread = block.skeletons(mode, dtype, layer.hidden_size, x.get_device())
-            choice = replace(choice, reason=f"{choice.reason}: {spread}")
         cpu = instructions(choice, device)
         lines.append(
             Explanation(
@@ -121,6 +115,19 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
             )
         )
     return Explanations(lines)
+
+
+def _recurrent_choice(
+    op: str, mode: str, x: Tensor, dtype: torch.dtype, hidden: int, proj: bool
+) -> Choice:
+    device = x.device.type
+    if not has_native_kernel(op, device):
+        return Choice("reference", "no kernel of seqkern is loaded for this device")
+    if device != "cuda":
+        return Choice("native", "seqkern's own kernel serves every shape")
+    if refusal := block.refusal(dtype, proj):
+        return Choice("reference", refusal)
+    return Choice("native", block.reason(mode, dtype, hidden, x.get_device()))
 
 
 def _steps_and_rows(layer: Any, x: Tensor, cell: bool) -> tuple[int, int]:

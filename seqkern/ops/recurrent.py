@@ -8,6 +8,7 @@ gradient.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from seqkern.ops import _recurrent_block as block
+from seqkern.ops import _recurrent_steps as steps
 from seqkern.ops._checks import (
     check_batch_sizes,
     check_mode,
@@ -101,9 +103,9 @@ _LIB.impl("recurrent_pack", _recurrent_pack, "CompositeExplicitAutograd")
 
 def _recurrent_cuda(x, batch_sizes, h0, c0, weights, mode, save=True):
     check_recurrent("recurrent", mode, x, batch_sizes, h0, c0, weights)
-    if block.refusal(mode, x, *_size_and_projection(mode, h0, weights)):
+    if block.refusal(x.dtype, _has_projection(h0, weights)):
         return _recurrent(x, batch_sizes, h0, c0, weights, mode)
-    launch = torch.ops.seqkern.recurrent_block.default
+    launch, _ = _launches("recurrent", mode, x, batch_sizes, h0)
     return block.forward(launch, x, batch_sizes, h0, c0, weights, mode, save)
 
 
@@ -118,14 +120,24 @@ def _recurrent_backward_cuda(
     args = (x, batch_sizes, h0, c0, weights)
     check_recurrent(op, mode, *args)
     check_recurrent_backward(op, mode, x, h0, weights, grads, saved)
-    if block.refusal(mode, x, *_size_and_projection(mode, h0, weights)):
+    if block.refusal(x.dtype, _has_projection(h0, weights)):
         return _recurrent_backward(*grads, *args, *saved, mode, need_dx, need_dw)
-    launch = torch.ops.seqkern.recurrent_block_backward.default
+    _, launch = _launches(op, mode, x, batch_sizes, h0)
     return block.backward(launch, grads, *args, saved, mode, need_dx, need_dw)
 
 
-def _size_and_projection(mode, h0, weights) -> tuple[int, bool]:
-    return weights[0].size(0) // GATES[mode], len(weights) // h0.size(0) % 2 == 1
+def _has_projection(h0, weights) -> bool:
+    return len(weights) // h0.size(0) % 2 == 1
+
+
+def _launches(op, mode, x, batch_sizes, h0) -> tuple[block.Forward, block.Backward]:
+    ops = torch.ops.seqkern
+    if block.fits(mode, x.dtype, h0.size(2), x.get_device()):
+        return ops.recurrent_block.default, ops.recurrent_block_backward.default
+    if batch_sizes is not None:  # which a launch of all steps checks by itself
+        check_batch_sizes(op, batch_sizes, x.size(0), h0.size(1))
+    forward = partial(steps.forward, ops.recurrent_step.default)
+    return forward, partial(steps.backward, ops.recurrent_step_backward.default)
 
 
 if hasattr(torch.ops.seqkern, "recurrent_block"):

@@ -22,7 +22,8 @@ HERE = Path(__file__).parent
 BUILD = ROOT / "build/simt"
 MODES = list(GATES)
 SKELETONS = ["block", "cluster", "grid"]
-TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3, "tf32": 4}
+Kind = torch.dtype | str
 FLAGS = ["-O1", "-std=c++17", "-fno-strict-aliasing", "-Wall", "-Wextra", "-shared", "-fPIC"]
 
 
@@ -80,12 +81,13 @@ def build(source: Path) -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL:
     loaded = build(HERE / "kernels.cpp")
-    for function in (loaded.run_forward, loaded.run_backward):
+    for name in ("run_forward", "run_backward", "run_step", "run_step_backward"):
+        function = getattr(loaded, name)
         function.restype = ctypes.c_char_p
     return loaded
 
 
-def fits(mode: str, dtype: torch.dtype, hidden: int, limit: int) -> bool:
+def fits(mode: str, dtype: Kind, hidden: int, limit: int) -> bool:
     """Whether forward and backward fit a block with `limit` bytes of shared memory."""
     of = MODES.index(mode), TYPES[dtype]
     return bool(library().block_fits(*of, ctypes.c_int64(hidden), ctypes.c_int64(limit)))
@@ -103,7 +105,7 @@ class Plan(NamedTuple):
 
 
 def plans(
-    mode: str, dtype: torch.dtype, hidden: int, backward: bool, card: tuple[int, int, bool]
+    mode: str, dtype: Kind, hidden: int, backward: bool, card: tuple[int, int, bool]
 ) -> list[Plan]:
     """The candidates for a card of (bytes of shared memory, multiprocessors, clusters)."""
     shared, blocks, clusters = card
@@ -147,6 +149,7 @@ class Emulator:
         b_hh: list[Tensor],
         mode: str,
         save: bool,
+        tf32: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """seqkern::recurrent_block."""
         directions, batch, hidden = h0.shape
@@ -160,7 +163,7 @@ class Emulator:
             cells = poisoned(h0, directions, n, hidden)
         rows = ragged_rows(batch_sizes, batch)
         inputs = [*_split(rows, batch), gx, h0, c0, *_pair(w_hh), *_pair(b_ih), *_pair(b_hh)]
-        self._launch("run_forward", mode, h0, n, rows, inputs, [y, h_n, c_n, gates, cells])
+        self._launch("run_forward", mode, tf32, h0, n, rows, inputs, [y, h_n, c_n, gates, cells])
         return y, h_n, c_n, gates, cells
 
     def backward(  # noqa: PLR0913 - the arguments of the op
@@ -176,6 +179,7 @@ class Emulator:
         gates: Tensor,
         cells: Tensor,
         mode: str,
+        tf32: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """seqkern::recurrent_block_backward."""
         directions, batch, hidden = h0.shape
@@ -185,13 +189,54 @@ class Emulator:
         dc0 = h0.new_empty(0) if c0 is None else poisoned(h0, *h0.shape)
         rows = ragged_rows(batch_sizes, batch)
         inputs = [*_split(rows, batch), h0, c0, *_pair(w_hh), y, gates, cells, dy, dh_n, dc_n]
-        self._launch("run_backward", mode, h0, y.size(0), rows, inputs, [dg, dh0, dc0])
+        self._launch("run_backward", mode, tf32, h0, y.size(0), rows, inputs, [dg, dh0, dc0])
         return dg, dh0, dc0
+
+    def step(
+        self,
+        gx: Tensor,
+        gh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+        h: Tensor,
+        c: Tensor | None,
+        y: Tensor,
+        gates: Tensor | None,
+        cells: Tensor | None,
+        mode: str,
+    ) -> None:
+        """seqkern::recurrent_step."""
+        sizes = [*h.shape, gx.stride(0), y.stride(0), self.seed]
+        tensors = [gx, gh, b_ih, b_hh, h, c, y, gates, cells]
+        _launch_step("run_step", mode, h.dtype, sizes, tensors, {4, 5, 6, 7, 8})
+
+    def step_backward(  # noqa: PLR0913 - the arguments of the op
+        self,
+        dy: Tensor | None,
+        sums: Tensor | None,
+        dh: Tensor,
+        dc: Tensor | None,
+        gates: Tensor | None,
+        cells: Tensor | None,
+        before: Tensor | None,
+        initial: Tensor | None,
+        y: Tensor | None,
+        dg: Tensor,
+        dah: Tensor | None,
+        mode: str,
+    ) -> None:
+        """seqkern::recurrent_step_backward."""
+        rows = [0 if t is None else t.stride(0) for t in (dy, before, y)]
+        counts = [0 if t is None else t.size(0) for t in (sums, before)]
+        sizes = [*dh.shape, rows[0], counts[0], rows[1], counts[1], rows[2], self.seed]
+        tensors = [dy, sums, dh, dc, gates, cells, before, initial, y, dg, dah]
+        _launch_step("run_step_backward", mode, dg.dtype, sizes, tensors, {2, 3, 9, 10})
 
     def _launch(
         self,
         kernel: str,
         mode: str,
+        tf32: bool,
         h0: Tensor,
         n: int,
         rows: Tensor | None,
@@ -216,10 +261,24 @@ class Emulator:
         )
         tensors = [_tensor(t, False) for t in inputs] + [_tensor(t, True) for t in outputs]
         listed = (_Tensor * len(tensors))(*tensors)
-        of = MODES.index(mode), TYPES[h0.dtype]
+        of = MODES.index(mode), TYPES["tf32" if tf32 else h0.dtype]
         message = getattr(library(), kernel)(*of, ctypes.byref(sizes), listed)
         if message:
             raise Refused(message.decode())
+
+
+def _launch_step(
+    kernel: str,
+    mode: str,
+    dtype: torch.dtype,
+    sizes: list[int],
+    tensors: list[Tensor | None],
+    written: set[int],
+) -> None:
+    listed = (_Tensor * len(tensors))(*(_rows(t, i in written) for i, t in enumerate(tensors)))
+    of = MODES.index(mode), TYPES[dtype], (ctypes.c_int64 * len(sizes))(*sizes)
+    if message := getattr(library(), kernel)(*of, listed):
+        raise Refused(message.decode())
 
 
 def ragged_rows(batch_sizes: Tensor | None, batch: int) -> Tensor | None:
@@ -236,6 +295,15 @@ def _split(rows: Tensor | None, batch: int) -> list[Tensor | None]:
 
 def _pair(tensors: list[Tensor]) -> list[Tensor | None]:
     return [*tensors, None, None][:2]
+
+
+def _rows(t: Tensor | None, writable: bool) -> _Tensor:
+    """Of rows that may lie apart: all from the first to the end of the last."""
+    if t is None or t.numel() == 0:
+        return _Tensor(None, 0, 0)
+    assert t.stride(-1) == 1 or t.size(-1) == 1
+    count = sum(stride * (n - 1) for n, stride in zip(t.shape, t.stride(), strict=True)) + 1
+    return _Tensor(t.data_ptr(), count * t.element_size(), writable)
 
 
 def _tensor(t: Tensor | None, writable: bool) -> _Tensor:

@@ -3,6 +3,7 @@
 
 #include "core/cuda/backward.cuh"
 #include "core/cuda/forward.cuh"
+#include "core/cuda/step.cuh"
 
 namespace {
 
@@ -36,13 +37,20 @@ Sequence sequence_of(Mode mode, Type type, const Sizes& z, const Tensor* t, bool
   return s;
 }
 
-simt::Config config_of(const Sequence& s, const Sizes& z, const Tensor* t, int count) {
+// A launch that may touch these tensors.
+simt::Config memory_of(const Tensor* t, int count, int64_t seed) {
   simt::Config c;
-  c.threads = s.plan.warps * 32, c.shared = s.plan.shared, c.seed = unsigned(z.seed);
+  c.seed = unsigned(seed);
   for (int i = 0; i < count; ++i)
     if (t[i].data)
       c.memory.push_back(
           {uintptr_t(t[i].data), uintptr_t(t[i].data) + t[i].bytes, !!t[i].writable});
+  return c;
+}
+
+simt::Config config_of(const Sequence& s, const Sizes& z, const Tensor* t, int count) {
+  simt::Config c = memory_of(t, count, z.seed);
+  c.threads = s.plan.warps * 32, c.shared = s.plan.shared;
   return c;
 }
 
@@ -93,6 +101,7 @@ template <class F>
 void with_types(Mode mode, Type type, const F& f) {
   auto typed = [&](auto m) {
     if (type == Type::f32) f(m, float{});
+    if (type == Type::tf32) f(m, tf32{});
     if (type == Type::bf16) f(m, bf16{});
     if (type == Type::f16) f(m, f16{});
   };
@@ -142,6 +151,55 @@ extern "C" const char* run_backward(int mode, int type, const Sizes* z, const Te
     with_types(Mode(mode), Type(type), [&](auto m, auto s) {
       launch_all(p, config, *z, [&](auto x) {
         recurrent_backward<m.value, decltype(s), typename decltype(x)::type>(p);
+      });
+    });
+  });
+}
+
+// As step.cu launches them: f(wide) runs the kernel that takes 16 bytes at a time, or single
+// values.
+template <class Call, class F>
+void launch_step(const Call& p, int64_t size, simt::Config c, const F& f) {
+  const bool wide = whole_words(p, size);
+  const int64_t threads = p.rows * (wide ? p.H * size / 16 : p.H);
+  c.threads = kStepThreads, c.grid_x = int((threads + kStepThreads - 1) / kStepThreads);
+  c.grid_y = 1;
+  if (p.rows > 0) simt::launch(c, [&] { f(wide); });
+}
+
+// Tensors: gx gh b_ih b_hh h c y gates cells. Sizes: rows H gx_row y_row seed.
+extern "C" const char* run_step(int mode, int type, const int64_t* z, const Tensor* t) {
+  return report([&] {
+    StepForward p{};
+    p.rows = z[0], p.H = z[1], p.gx_row = z[2], p.y_row = z[3],
+    p.relu = Mode(mode) == Mode::rnn_relu;
+    p.gx = static_cast<const float*>(t[0].data), p.gh = static_cast<const float*>(t[1].data);
+    p.b_ih = t[2].data, p.b_hh = t[3].data, p.h = t[4].data, p.c = static_cast<float*>(t[5].data);
+    p.y = t[6].data, p.gates = t[7].data, p.cells = t[8].data;
+    with_types(Mode(mode), Type(type), [&](auto m, auto s) {
+      using S = decltype(s);
+      launch_step(p, sizeof(S), memory_of(t, 9, z[4]), [&](bool wide) {
+        wide ? step_forward<m.value, S, 16 / sizeof(S)>(p) : step_forward<m.value, S, 1>(p);
+      });
+    });
+  });
+}
+
+// Tensors: dy sums dh dc gates cells before initial y dg dah. Sizes: rows H dy_row sum_rows
+// before_row carried y_row seed.
+extern "C" const char* run_step_backward(int mode, int type, const int64_t* z, const Tensor* t) {
+  return report([&] {
+    StepBackward p{};
+    p.rows = z[0], p.H = z[1], p.dy_row = z[2], p.sum_rows = z[3], p.before_row = z[4];
+    p.carried = z[5], p.y_row = z[6], p.relu = Mode(mode) == Mode::rnn_relu;
+    p.dy = t[0].data, p.sums = static_cast<const float*>(t[1].data);
+    p.dh = static_cast<float*>(t[2].data), p.dc = static_cast<float*>(t[3].data);
+    p.gates = t[4].data, p.cells = t[5].data, p.before = t[6].data, p.initial = t[7].data;
+    p.y = t[8].data, p.dg = t[9].data, p.dah = t[10].data;
+    with_types(Mode(mode), Type(type), [&](auto m, auto s) {
+      using S = decltype(s);
+      launch_step(p, sizeof(S), memory_of(t, 11, z[7]), [&](bool wide) {
+        wide ? step_backward<m.value, S, 16 / sizeof(S)>(p) : step_backward<m.value, S, 1>(p);
       });
     });
   });

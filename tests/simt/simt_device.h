@@ -112,6 +112,15 @@ inline void from_float(f16& y, float x) {
   }
 }
 
+inline float to_float(tf32 x) { return from_bits(x.bits); }
+inline void from_float(tf32& y, float x) { y.bits = to_bits(x); }
+inline tf32 operand(tf32 x) {
+  const float value = from_bits(x.bits);
+  if (value != value) return {0x7fffe000};
+  if (std::isinf(value)) return x;
+  return {(x.bits + 0x1000) & ~0x1fffu};
+}
+
 inline float exp(float x) { return std::exp(x); }
 inline float tanh(float x) { return std::tanh(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
@@ -128,6 +137,18 @@ float half_of(uint32_t word, int i) {
   return to_float(S{uint16_t(i ? word >> 16 : word)});
 }
 
+template <int K>
+void add_products(const float (&a)[16][K], const float (&b)[K][8],
+                  MatrixOperands* const lanes[32]) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      double sum = lanes[lane]->c[i];
+      for (int k = 0; k < K; ++k)
+        sum += double(a[lane / 4 + i / 2 * 8][k]) * b[k][lane % 4 * 2 + i % 2];
+      lanes[lane]->c[i] = float(sum);
+    }
+}
+
 // By PTX's tables for m16n8k16: lane 4 g + t holds of a the rows g, g + 8 and the columns 2 t,
 // 2 t + 1, + 8; of b those rows and the column g; of c the rows g, g + 8, the columns 2 t, 2 t + 1.
 template <class S>
@@ -140,19 +161,31 @@ void multiply_warp(MatrixOperands* const lanes[32]) {
     for (int i = 0; i < 4; ++i)
       b[2 * t + i % 2 + i / 2 * 8][g] = half_of<S>(lanes[lane]->b[i / 2], i % 2);
   }
-  for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i) {
-      double sum = lanes[lane]->c[i];
-      for (int k = 0; k < 16; ++k)
-        sum += double(a[lane / 4 + i / 2 * 8][k]) * b[k][lane % 4 * 2 + i % 2];
-      lanes[lane]->c[i] = float(sum);
-    }
+  add_products<16>(a, b, lanes);
+}
+
+// Likewise for m16n8k8 of tf32: of a the rows g, g + 8 and the columns t, t + 4; of b those rows.
+inline void multiply_warp_tf32(MatrixOperands* const lanes[32]) {
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = from_bits(lanes[lane]->a[i]);
+    for (int i = 0; i < 2; ++i) b[t + i * 4][g] = from_bits(lanes[lane]->b[i]);
+  }
+  add_products<8>(a, b, lanes);
 }
 
 template <class S>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, S, SIMT_PLACE) {
   MatrixOperands mine{c, a, {b0, b1}};
-  simt::block().together(mine, SIMT_AT, multiply_warp<S>);
+  if constexpr (sizeof(S) == 4) {
+    // A GPU would cut these bits off: no `operand` rounded them.
+    if ((a[0] | a[1] | a[2] | a[3] | b0 | b1) & 0x1fff)
+      simt::block().fail("a tf32 of more than 11 bits in a product", SIMT_AT);
+    simt::block().together(mine, SIMT_AT, multiply_warp_tf32);
+  } else {
+    simt::block().together(mine, SIMT_AT, multiply_warp<S>);
+  }
 }
 
 }  // namespace seqkern::device

@@ -11,5 +11,8 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct tf32 {
+  uint32_t bits;  // of a float
+};
 
 }  // namespace seqkern

@@ -150,7 +150,7 @@ struct BackwardPass {
       for (int gate = 0; gate < G; ++gate)
         if (K::column(gate) == q && me.mine(e))
           device::store(to + me.local_row(e) * p.s.plan.row + gate * p.s.plan.depth + me.unit(e),
-                        value);
+                        device::operand(value));
     }
   }
 

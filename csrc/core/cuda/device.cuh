@@ -71,7 +71,7 @@ SK_DEVICE void wait_copies() {
 }
 
 // c += a b over a warp: a is 16 x 16, b 16 x 8, c 16 x 8, spread over the lanes as PTX lays down
-// for mma.m16n8k16.
+// for mma.m16n8k16. Of tf32, a is 16 x 8 and b 8 x 8, as for mma.m16n8k8.
 SK_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -80,6 +80,13 @@ SK_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
 }
 SK_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+SK_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, tf32) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -157,6 +164,7 @@ SK_DEVICE float to_float(f16 x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
+SK_DEVICE float to_float(tf32 x) { return __uint_as_float(x.bits); }
 // Rounded to the nearest, ties to even.
 SK_DEVICE void from_float(float& y, float x) { y = x; }
 SK_DEVICE void from_float(bf16& y, float x) {
@@ -164,6 +172,14 @@ SK_DEVICE void from_float(bf16& y, float x) {
 }
 SK_DEVICE void from_float(f16& y, float x) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+}
+
+// In memory a tf32 is a whole float; a product takes what `operand` makes of it, rounded to the
+// nearest, ties away from zero, where it would cut off the bits by itself.
+SK_DEVICE void from_float(tf32& y, float x) { y.bits = __float_as_uint(x); }
+SK_DEVICE tf32 operand(tf32 x) {
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(x.bits) : "f"(__uint_as_float(x.bits)));
+  return x;
 }
 
 // CUDA's own, without --use_fast_math: at most 2 units in the last place off, NaN kept.
@@ -179,3 +195,13 @@ SK_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
 }  // namespace seqkern::device
 #endif
+
+namespace seqkern::device {
+
+// What is no tf32 goes into a product as it is.
+template <class S>
+SK_DEVICE S operand(S x) {
+  return x;
+}
+
+}  // namespace seqkern::device

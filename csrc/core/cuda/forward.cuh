@@ -75,14 +75,16 @@ struct ForwardPass {
     for (int row = 0; row < kSliceRows && me.first + row < p.s.B; ++row) {
       const S* const from = static_cast<const S*>(p.h0) + (me.d * p.s.B + me.first + row) * H;
       for (int unit = device::thread_index(); unit < H; unit += device::thread_count())
-        device::store(copy(0) + row * p.s.plan.row + unit, device::load(from + unit));
+        device::store(copy(0) + row * p.s.plan.row + unit,
+                      device::operand(device::load(from + unit)));
     }
   }
 
   SK_DEVICE void put(S* to, int e) const {
     S value;
     device::from_float(value, h[e]);
-    if (me.mine(e)) device::store(to + me.local_row(e) * p.s.plan.row + me.unit(e), value);
+    if (me.mine(e))
+      device::store(to + me.local_row(e) * p.s.plan.row + me.unit(e), device::operand(value));
   }
 
   // One group of copies for each step, also where there is nothing to copy: the waits count groups.

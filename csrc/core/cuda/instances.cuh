@@ -15,6 +15,7 @@ const void* instance(bool backward) {
 template <class X, Mode M>
 const void* instance_of(Type type, bool backward) {
   if (type == Type::f32) return instance<X, M, float>(backward);
+  if (type == Type::tf32) return instance<X, M, tf32>(backward);
   if (type == Type::bf16) return instance<X, M, bf16>(backward);
   return type == Type::f16 ? instance<X, M, f16>(backward) : nullptr;
 }

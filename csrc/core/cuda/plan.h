@@ -16,8 +16,8 @@ namespace seqkern::cuda {
 
 constexpr int kSliceRows = 8;  // rows of the batch in a block: the columns of one product
 constexpr int kWarpUnits = 16;
-constexpr int kStages = 2;  // steps whose input projections are under way at once
-constexpr int kTile = 16;   // of k, in a product of 16-bit matrices
+constexpr int kStages = 2;     // steps whose input projections are under way at once
+constexpr int kTileWords = 8;  // of four bytes along k, in one product: 16 bf16 or f16, 8 tf32
 
 // Warps of a block that has a slice to itself, so that each thread may have 168 registers, and of
 // one that shares it, for 255: those that a thread needs besides weights are many, and fewer
@@ -29,8 +29,8 @@ constexpr int kMaxCluster = 16;  // blocks
 // through words in global memory.
 enum class Skeleton : int { block = 0, cluster = 1, grid = 2 };
 
-// Tiles of k whose weights stay in registers, for each of `gates` products of 16-bit matrices: what
-// the other values of a step leave, or all that an Elman cell may need of one block.
+// Tiles of k whose weights stay in registers, for each of `gates` products on the tensor cores:
+// what the other values of a step leave, or all that an Elman cell may need of one block.
 constexpr int held_tiles(int gates, bool backward, bool alone) {
   if (alone) return gates == 4 ? (backward ? 3 : 4) : gates == 3 ? (backward ? 4 : 5) : kMaxWarps;
   return gates == 4 ? (backward ? 6 : 7) : gates == 3 ? (backward ? 8 : 9) : 24;
@@ -43,7 +43,8 @@ struct Plan {
   int32_t units = 0;     // of a block
   int32_t splits = 1;    // warps that share the products of a group
   int32_t warps = 0;     // of a block
-  int32_t depth = 0;     // H padded to whole steps of a product, or to the units of all members
+  int32_t depth = 0;     // H padded to whole tiles, or to the units of all members
+  int32_t tiles = 0;     // of k in depth
   int32_t row = 0;       // elements between rows of h, or of dg, in shared memory
   int64_t weights = 0;   // bytes of W_hh in shared memory
   int64_t states = 0;    // bytes of the copies of h, or of dg
@@ -57,21 +58,21 @@ struct Plan {
 // what a device has.
 inline Plan plan_of(Skeleton skeleton, Mode mode, Type type, int64_t H, bool backward, int groups) {
   const int gates = gates_of(mode), size = size_of(type), rows = backward ? gates : 1;
-  const bool half = size == 2, alone = skeleton == Skeleton::block;
+  const bool alone = skeleton == Skeleton::block;
+  const int tile = kTileWords * 4 / size;
   Plan p;
   p.skeleton = skeleton, p.groups = groups, p.units = groups * kWarpUnits;
   p.members = alone ? 1 : int32_t((H + p.units - 1) / p.units);
-  const int64_t unit = half ? kTile : 8;
-  p.depth = alone ? int32_t((H + unit - 1) / unit * unit) : p.members * p.units;
-  const int tiles = p.depth / kTile;
-  while (!alone && (p.splits + 1) * groups <= kTeamWarps && p.splits < tiles) ++p.splits;
+  p.depth = alone ? int32_t((H + tile - 1) / tile * tile) : p.members * p.units;
+  p.tiles = p.depth / tile;
+  while (!alone && (p.splits + 1) * groups <= kTeamWarps && p.splits < p.tiles) ++p.splits;
   p.warps = groups * p.splits;
   // A row of h is 16 bytes more than a multiple of 32, which spreads eight rows over all banks.
-  p.row = int32_t(rows * p.depth + (half ? 8 : 4));
-  const int64_t resting = (tiles + p.splits - 1) / p.splits - held_tiles(gates, backward, alone);
-  const int64_t fragment = 32 * 16;  // bytes of 16 x 16 weights over a warp
-  p.weights = half ? int64_t(p.warps) * gates * (resting > 0 ? resting : 0) * fragment
-                   : int64_t(groups) * gates * kWarpUnits * p.depth * size;
+  p.row = int32_t(rows * p.depth + 16 / size);
+  const int64_t resting = (p.tiles + p.splits - 1) / p.splits - held_tiles(gates, backward, alone);
+  const int64_t fragment = 32 * 16;  // bytes of a tile of the weights over a warp
+  p.weights = type == Type::f32 ? int64_t(groups) * gates * kWarpUnits * p.depth * size
+                                : int64_t(p.warps) * gates * (resting > 0 ? resting : 0) * fragment;
   // Others write into a cluster's copies, so that one of them is read while the next one fills.
   p.states = (skeleton == Skeleton::grid ? 1ll : 2ll) * kSliceRows * p.row * size;
   const int64_t values = int64_t(groups) * 32 * 4 * sizeof(float);  // four for each thread

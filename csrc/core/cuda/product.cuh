@@ -3,8 +3,8 @@
 //
 // Lane 4 u + r of a warp holds, in every array of four, the units u and u + 8 for the rows 2 r and
 // 2 r + 1: [0] (u, 2r), [1] (u, 2r + 1), [2] (u + 8, 2r), [3] (u + 8, 2r + 1). That is how PTX lays
-// down the accumulators of m16n8k16, and the other product follows it, so that all gates of a unit
-// meet in one thread and the cell needs no exchange.
+// down the accumulators of m16n8k16 and m16n8k8, and the other product follows it, so that all
+// gates of a unit meet in one thread and the cell needs no exchange.
 //
 // Forward: sums[q] = W_hh[q] h, k over the units. Backward (kTransposed): sums[q] = W_hh[q]^T
 // dg[q], whose total over q is the gradient of h. The terms of a sum are added in the order of k,
@@ -18,14 +18,14 @@ namespace seqkern::cuda {
 struct Lane {
   int lane, group, split;  // the warp's units, and which part of k it takes
   int unit, row;           // of the layer and of the slice, of element [0]
-  int tile, tiles;         // that part: the first of its steps of 16 k, and how many
+  int tile, tiles;         // that part: the first of its tiles, and how many
 };
 
 // kParts: several blocks share a slice, and several warps a group of units.
 template <bool kParts>
 SK_DEVICE Lane this_lane(const Plan& plan) {
   const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
-  Lane me{lane, warp, 0, warp * kWarpUnits + lane / 4, lane % 4 * 2, 0, plan.depth / kTile};
+  Lane me{lane, warp, 0, warp * kWarpUnits + lane / 4, lane % 4 * 2, 0, plan.tiles};
   if (kParts) {
     me.group = warp % plan.groups, me.split = warp / plan.groups;
     me.unit = (device::block_x() * plan.groups + me.group) * kWarpUnits + lane / 4;
@@ -45,21 +45,22 @@ SK_DEVICE S weight(const void* w, int64_t H, int q, int64_t unit, int64_t k) {
   return device::load(static_cast<const S*>(w) + at);
 }
 
-// 16-bit matrices through the tensor cores. The first kHeld tiles of k stay in registers; the
-// others in shared memory, in the order in which the lanes read them, 16 bytes at a time.
+// Through the tensor cores. The first kHeld tiles of k stay in registers; the others in shared
+// memory, in the order in which the lanes read them, 16 bytes at a time.
 template <class S, int G, bool kTransposed, bool kParts>
 struct Product {
   static constexpr int kHeld = held_tiles(G, kTransposed, !kParts);
+  static constexpr int kValues = 4 / sizeof(S);  // in a word
 
   uint32_t held[kHeld][G][4];
   device::Words4* rest;
-  int tiles, depth, row;
+  int tiles, apart, row;  // words between the gates of a row of dg, and between rows
   Lane me;
 
   SK_DEVICE Product(const Plan& plan, const void* w, int64_t H, char* shared)
-      : depth(plan.depth), row(plan.row), me(this_lane<kParts>(plan)) {
+      : apart(plan.depth / kValues), row(plan.row / kValues), me(this_lane<kParts>(plan)) {
     tiles = me.tiles;
-    const int most = kParts ? (depth / kTile + plan.splits - 1) / plan.splits : tiles;
+    const int most = kParts ? (plan.tiles + plan.splits - 1) / plan.splits : tiles;
     const int64_t fragments = most > kHeld ? (most - kHeld) * G : 0;
     const int warp = kParts ? me.split * plan.groups + me.group : me.group;
     rest = reinterpret_cast<device::Words4*>(shared) + warp * fragments * 32 + me.lane;
@@ -93,22 +94,27 @@ struct Product {
   }
 
   SK_DEVICE void fragment(const void* w, int64_t H, int q, int tile, uint32_t (&a)[4]) const {
-    const int64_t k = (me.tile + tile) * kTile + me.row;
-    a[0] = pair(w, H, q, me.unit, k);
-    a[1] = pair(w, H, q, me.unit + 8, k);
-    a[2] = pair(w, H, q, me.unit, k + 8);
-    a[3] = pair(w, H, q, me.unit + 8, k + 8);
+    const int64_t first = (me.tile + tile) * kTileWords + me.lane % 4;
+    a[0] = word(w, H, q, me.unit, first);
+    a[1] = word(w, H, q, me.unit + 8, first);
+    a[2] = word(w, H, q, me.unit, first + 4);
+    a[3] = word(w, H, q, me.unit + 8, first + 4);
   }
 
-  static SK_DEVICE uint32_t pair(const void* w, int64_t H, int q, int64_t unit, int64_t k) {
-    const S low = weight<S, kTransposed>(w, H, q, unit, k);
-    const S high = weight<S, kTransposed>(w, H, q, unit, k + 1);
-    return low.bits | uint32_t(high.bits) << 16;
+  static SK_DEVICE uint32_t word(const void* w, int64_t H, int q, int64_t unit, int64_t i) {
+    const S low = weight<S, kTransposed>(w, H, q, unit, i * kValues);
+    if constexpr (kValues == 1) {
+      return device::operand(low).bits;
+    } else {
+      const S high = weight<S, kTransposed>(w, H, q, unit, i * kValues + 1);
+      return low.bits | uint32_t(high.bits) << 16;
+    }
   }
 
-  // `b`: the rows of h, or of dg with the gates side by side, `depth` apart.
+  // `b`: the rows of h, or of dg with the gates side by side, `depth` apart; operands.
   SK_DEVICE void run(const S* b, float (&sums)[G][4]) const {
-    const S* mine = b + me.lane / 4 * row + me.tile * kTile + me.row;
+    const uint32_t* const mine = reinterpret_cast<const uint32_t*>(b) + me.lane / 4 * row +
+                                 me.tile * kTileWords + me.lane % 4;
     SK_UNROLL
     for (int q = 0; q < G; ++q) {
       SK_UNROLL
@@ -116,7 +122,7 @@ struct Product {
     }
     SK_UNROLL
     for (int tile = 0; tile < kHeld; ++tile)
-      if (tile < tiles) add_tile(mine + tile * kTile, held[tile], sums);
+      if (tile < tiles) add_tile(mine + tile * kTileWords, held[tile], sums);
     SK_NO_UNROLL
     for (int tile = kHeld; tile < tiles; ++tile) {
       uint32_t a[G][4];
@@ -126,17 +132,16 @@ struct Product {
         SK_UNROLL
         for (int i = 0; i < 4; ++i) a[q][i] = words.v[i];
       }
-      add_tile(mine + tile * kTile, a, sums);
+      add_tile(mine + tile * kTileWords, a, sums);
     }
   }
 
-  SK_DEVICE void add_tile(const S* b, const uint32_t (&a)[G][4], float (&sums)[G][4]) const {
+  SK_DEVICE void add_tile(const uint32_t* b, const uint32_t (&a)[G][4], float (&sums)[G][4]) const {
     uint32_t b0 = 0, b1 = 0;
     SK_UNROLL
     for (int q = 0; q < G; ++q) {
       if (q == 0 || kTransposed) {
-        const uint32_t* words =
-            reinterpret_cast<const uint32_t*>(b + (kTransposed ? q * depth : 0));
+        const uint32_t* const words = b + (kTransposed ? q * apart : 0);
         b0 = device::load(words), b1 = device::load(words + 4);
       }
       device::multiply_add(sums[q], a[q], b0, b1, S{});
@@ -154,7 +159,7 @@ struct Product<float, G, kTransposed, kParts> {
 
   SK_DEVICE Product(const Plan& plan, const void* w, int64_t H, char* shared)
       : depth(plan.depth), row(plan.row), me(this_lane<kParts>(plan)) {
-    quads = kParts ? me.tiles * 4 : depth / 4, first = me.tile * 4;
+    quads = me.tiles * (kTileWords / 4), first = me.tile * (kTileWords / 4);
     device::Floats4* mine = reinterpret_cast<device::Floats4*>(shared) +
                             G * kWarpUnits * (int64_t(me.group) * (depth / 4) + first);
     SK_NO_UNROLL
