@@ -52,6 +52,7 @@ SK_INLINE C bias_at(const Additive& a, int64_t b, int64_t i, int64_t j) {
       return C(bit_cast<float>(bits));
     }
     case Type::f16:
+    case Type::tf32:  // no tensor's
       break;
   }
   return C(load_n<float>(static_cast<const f16*>(a.bias.p) + at, 1)[0]);
