@@ -162,9 +162,15 @@ else:
 def test_the_cuda_kernels_load_where_torch_has_no_cuda(small_project):
     """The kernels and the binding as they ship, for one card, since each takes half a minute."""
     shutil.copytree(ROOT / "csrc/core/cuda", small_project / "csrc/core/cuda")
-    for name in ("core/recurrent.h", "core/cpu/types.h", "torch/arguments.h"):
+    for name in (
+        "core/recurrent.h",
+        "core/cpu/types.h",
+        "torch/arguments.h",
+        "torch/cuda_stream.h",
+    ):
         shutil.copy(ROOT / "csrc" / name, small_project / "csrc" / name)
-    shutil.copy(ROOT / "csrc/torch/recurrent_cuda.cpp", small_project / "csrc/torch")
+    for binding in (ROOT / "csrc/torch").glob("*_cuda.cpp"):
+        shutil.copy(binding, small_project / "csrc/torch")
     done = build(small_project, SEQKERN_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0")
     assert done.returncode == 0, done.stdout + done.stderr
     loaded = run(sys.executable, "-c", CUDA_OPS, cwd=small_project)
