@@ -91,7 +91,8 @@ def backward(
         walk = steps(_sizes(batch_sizes, y.size(0), batch), backwards=d == 0)
         sums = dh.new_empty(0, hidden)
         for (b, at), (b_before, before) in pairwise([*walk, (0, slice(0, 0))]):
-            dh[d, b : sums.size(0)] += sums[b:]  # rows of the reverse direction that began there
+            if sums.size(0) > b:  # rows of the reverse direction that began there
+                dh[d, b : sums.size(0)] += sums[b:]
             carried = slice(before.start, before.start + min(b, b_before))
             step(
                 None if dy is None else dy[at, own],
