@@ -1,5 +1,6 @@
 """The commands that train and use models, called as a user calls them."""
 
+import gzip
 import json
 import random
 import re
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from seqkern.cli.demo import demo
 from seqkern.cli.evaluate import evaluate
 from seqkern.cli.plot import plot
-from seqkern.cli.predict import predict, translate
+from seqkern.cli.predict import load_job, predict, translate
 from seqkern.cli.reproduce import reproduce
 from seqkern.cli.train import train
 from seqkern.tasks import recipes
@@ -75,6 +76,33 @@ def test_train_evaluate_predict_translate(call, run):
         assert out == "abcd\tA B C D\ndab\tD A B\n"
     assert call("translate", run, input="abcd\n\ndab\n") == "A B C D\n\nD A B\n"
     assert call("translate", checkpoint_path(run), input="") == ""
+
+
+def test_translate_keeps_the_lines(call, run, tmp_path):
+    """A line ends where a file's does, and nowhere else; it may be compressed."""
+    path = tmp_path / "lines.gz"
+    path.write_bytes(gzip.compress("\ufeffabcd\n\u200b\nda\u0085b\n".encode()))
+    line = call("translate", run, path, status=2)
+    assert "symbols ['\\x85'] are not in the training data" in line
+    path.write_bytes(gzip.compress("\ufeffabcd\r\n\u200b\ndab".encode()))
+    assert call("translate", run, path) == "A B C D\n\nD A B\n"
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"abcd\n\xe4\n")
+    assert f"{latin}:2: not UTF-8" in call("translate", run, latin, status=2)
+    line = call("translate", run, input=b"\xe4", status=2)
+    assert line.startswith("seqkern: standard input:1: not UTF-8")
+
+
+def test_a_new_run_has_nothing_of_the_old(call, data, tmp_path):
+    """The best weights of a run that began anew are its own."""
+    run = tmp_path / "run"
+    small = ["--run", run, "--data", data, "--steps", 2]
+    call(*TRAIN, *small, "--set", "hidden=8", "--set", "evaluate_every=1")
+    assert best_path(run).exists()
+    checkpoint_path(run).unlink()
+    call(*TRAIN, *small, "--set", "hidden=12")
+    assert not best_path(run).exists()
+    assert load_job(run).model.config.hidden == 12
 
 
 def test_other_tokens(call, tmp_path):
@@ -211,6 +239,15 @@ def test_reproduce(call, data, tmp_path, monkeypatch):
     again = json.loads((tmp_path / "toy-seqkern-1/result.json").read_text())
     assert (again["target"], again["reached"]) == (None, None)
     assert again["score"] == results[0]["score"]
+    moved = data.rename(tmp_path / "moved.tsv")
+    try:
+        assert "to be compared" in call("reproduce", "toy", "--data", moved, "--out", tmp_path)
+        other = tmp_path / "other.tsv"
+        other.write_text(moved.read_text() + "aaaaaaa\tB\n")
+        line = call("reproduce", "toy", "--data", other, "--out", tmp_path, status=2)
+        assert "was trained on other data" in line
+    finally:
+        moved.rename(data)
     try:
         call("reproduce", "toy", "--data", data, "--threads", 2, "--out", tmp_path / "two")
     finally:
@@ -240,9 +277,15 @@ def test_what_train_refuses(call, run, data, tmp_path):
         "source_symbols=9": "seqkern: no setting 'source_symbols'",
         "width=7": "seqkern: no setting 'width' of model 'rnnsearch'; there are",
         "lr": "seqkern: a setting must be NAME=VALUE, got 'lr'",
+        "bleu=foo": "seqkern: bleu must be a tokenisation of sacrebleu",
+        "pad=1000": "seqkern: pad must be in 0 .. ",
     }.items():
         line = call(*new, "--data", data, "--set", setting, status=2)
         assert line.startswith(message), line
+    for device in ("foo", "cuda:99"):
+        line = call(*new, "--data", data, "--device", device, status=2)
+        assert line.startswith(f"seqkern: device must be one that is here, got '{device}'")
+    assert "'pairs' needs data: a file" in call(*new, status=2)
     line = call(*new, "--data", data, "--layers", "cudnn", status=2)
     assert "layers must be one of" in line
     assert "model must be one of" in call("train", "bert", "--task", "pairs", status=2)

@@ -113,6 +113,19 @@ def test_predictions_of_trees():
         job.predict(["[MAX 1"])
 
 
+def test_more_children_than_in_training(tmp_path):
+    """The edge of a third child is as that of the second, the last one known."""
+    for part, tree in (("train", "(1 (0 a) (1 b))"), ("dev", "(1 (0 a) (1 b) (0 c))")):
+        (tmp_path / f"{part}.txt").write_text(f"{tree}\n(0 a)\n")
+    (tmp_path / "test.txt").write_text("(1 (0 a) (1 b) (0 c))\n")
+    job = make_job(JobSpec("graph", "trees", str(tmp_path), sizes=SMALL))
+    assert job.vocabs["edges"].names == ("child 0", "child 1")
+    assert [job._edge(f"child {n}") for n in (0, 1, 2, 10)] == [0, 1, 1, 1]
+    assert 0 <= job.evaluate("test")["accuracy"] <= 1
+    with pytest.raises(ValueError, match="label 'head' is not one"):
+        job._edge("head")
+
+
 def test_bad_tasks_are_refused(tmp_path):
     for task, data, sizes, message in (
         ("conllu", "", {}, "needs data: a folder of train, dev and test.conllu"),

@@ -118,6 +118,20 @@ def test_windows_that_follow_each_other():
     assert torch.equal(windows[4].x, windows[0].x)
 
 
+def test_shares_of_windows_read_streams_of_their_own():
+    """Three shares of two streams are the six streams of one reader, whichever comes in turn."""
+    text = torch.arange(80)
+    whole = Windows(text, batch_size=6, window=4, seed=1, follow=True)
+    shares = Windows(text, batch_size=2, window=4, seed=1, follow=True, shares=3)
+    assert shares.per_epoch == 3 * whole.per_epoch
+    for step in range(2 * whole.per_epoch):
+        parts = [shares[3 * step + n] for n in range(3)]
+        assert torch.equal(torch.cat([part.x for part in parts]), whole[step].x)
+        assert {part.at for part in parts} == {whole[step].at}
+    with pytest.raises(ValueError, match="a text of at least 9 symbols, got 3, 4 and 8 symbols"):
+        Windows(torch.arange(9), 3, 4, 1, follow=True, shares=3)
+
+
 def test_windows_at_random_depend_on_seed_and_step():
     windows = [Windows(torch.arange(40), 5, 8, seed, follow=False) for seed in (1, 1, 2)]
     assert torch.equal(windows[0][7].x, windows[1][7].x)

@@ -235,6 +235,9 @@ def test_processes_share_the_work(tmp_path):
     )
     found = json.loads((tmp_path / "losses.json").read_text())
     assert found == pytest.approx(losses(trainer_of(drift=0.0, accumulate=4, steps=12)))
+    # What has a gradient in no process is left alone, by weight decay too.
+    weights = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    assert torch.equal(weights["unused.weight"], trainer_of().job.model.unused.weight.detach())
     with pytest.raises(ValueError, match="was trained by 2 processes, here are 1"):
         Trainer.resume(tmp_path / "checkpoint.pt")
 

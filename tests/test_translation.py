@@ -1,14 +1,16 @@
 """Translation jobs: every model learns and has equal losses on both layers; what is decoded."""
 
+import math
 import random
 from itertools import pairwise
 
 import pytest
 import torch
 
-from seqkern.tasks.data import Pair
-from seqkern.tasks.job import JobSpec
-from seqkern.tasks.metrics import bleu, bleu_signature
+from seqkern.tasks import translation
+from seqkern.tasks.data import Pair, read_parallel
+from seqkern.tasks.job import JobSpec, Parts
+from seqkern.tasks.metrics import bleu, bleu_signature, perplexity
 from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.registry import make_job
 from seqkern.tasks.sides import Side
@@ -76,6 +78,9 @@ def test_reversal_is_learned(words, name):
         if name == "rnnsearch":  # the anti-diagonal
             read = alignment.weights[:5].argmax(1)
             assert (read - torch.arange(4, -1, -1)).abs().sum() <= 1
+    else:
+        with pytest.raises(ValueError, match="has no alignments"):
+            job.align("abcde")
 
 
 def test_a_reversed_source_is_another_reading(words):
@@ -157,6 +162,50 @@ def test_parallel_files_in_subwords(tmp_path):
         make_job(JobSpec("transformer", "parallel", str(source)))
 
 
+def test_one_vocabulary_for_both_sides(tmp_path):
+    """What shares its embeddings shares its numbers."""
+    path = tmp_path / "pairs.tsv"
+    path.write_text("".join(f"{a}{b}\t{b} {a} !\n" for a in "abcd" for b in "xyz"))
+    sizes = SIZES["transformer"] | {"shared": True}
+    reading = {"source_tokens": "chars", "target_tokens": "chars"}
+    job = make_job(JobSpec("transformer", "pairs", str(path), sizes=sizes, reading=reading))
+    assert job.vocabs["source"] is job.vocabs["target"]
+    assert job.vocabs["source"].symbols[4:] == tuple(" !abcdxyz")
+    assert job.model.embed_x.weight is job.model.embed_y.weight
+    with pytest.raises(ValueError, match="target_tokens, got 'chars' and 'words'"):
+        make_job(JobSpec("transformer", "pairs", str(path), sizes=sizes))
+
+
+def test_lower_case_is_of_every_corpus_and_call(words, monkeypatch):
+    parts = Parts(*([Pair("Ab", "x"), Pair("aB", "y")] for _ in Parts._fields))
+    monkeypatch.setitem(translation.CORPORA, "multi30k-de-en", lambda root: parts)
+    reading = {"lower": True, "source_tokens": "chars"}
+    spec = JobSpec("rnnsearch", "multi30k-de-en", sizes=SIZES["rnnsearch"], reading=reading)
+    job = make_job(spec)
+    assert [pair.source for part in job.data for pair in part] == ["ab"] * 6
+    assert job.align("AB").source == ("a", "b")
+    assert job.predict(["AB"]) == job.predict(["ab"])
+
+
+def test_a_pair_without_symbols_is_found_before_the_training(tmp_path):
+    """A sign of no width is no text; what only a vocabulary finds empty is named."""
+    path = tmp_path / "pairs.tsv"
+    lines = [f"{a}{b}\t{b}{a}\n" for a in "abcd" for b in "xyz"]
+    path.write_text("".join(lines) + "ab\t\u200b\n")
+    with pytest.raises(ValueError, match=r"pairs\.tsv:13: expected source<TAB>target"):
+        job_of("seq2seq", str(path))
+    left, right = tmp_path / "left", tmp_path / "right"
+    left.write_text("a\n\u200b\n\u200b\n")
+    right.write_text("b\n\ufeff\nc\n")
+    with pytest.raises(ValueError, match=r"left:3: expected a line for the other side's"):
+        read_parallel(left, right)
+    path.write_text("".join(lines))
+    job = job_of("seq2seq", str(path))
+    job.data.dev.append(Pair("  ", "x"))
+    with pytest.raises(ValueError, match=r"the source of \('  ', 'x'\) holds no symbol"):
+        Trainer(job, TrainOptions(steps=1))
+
+
 def test_bleu():
     found = ["the cat sat on the mat", "a dog barked loudly today"]
     assert bleu(found, [[text] for text in found], "none") == pytest.approx(100.0)
@@ -169,6 +218,14 @@ def test_bleu():
     assert "tok:zh" in bleu_signature("zh")
     with pytest.raises(ValueError, match="N >= 1"):
         bleu([], [], "13a")
+    with pytest.raises(ValueError, match=r"bleu must be a tokenisation of sacrebleu, .*'14b'"):
+        bleu_signature("14b")
+
+
+def test_perplexity_of_a_diverged_model():
+    assert perplexity(2.0) == math.exp(2.0)
+    assert perplexity(709.0) < math.inf
+    assert perplexity(1e4) == math.inf
 
 
 def test_bleu_by_length(tmp_path):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,6 +32,15 @@ def user_errors() -> Iterator[None]:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"seqkern: {error}", file=sys.stderr)
         raise typer.Exit(USER_ERROR) from error
+
+
+def expect_device(name: str) -> None:
+    """Raises ValueError where tensors cannot be on the device of that name."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where CUDA was not compiled in
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device must be one that is here, got {name!r}: {reason}") from error
 
 
 def progress_bar(disable: bool = False) -> Progress:

@@ -11,6 +11,7 @@ import typer
 from seqkern.cli.common import Beam, Checkpoint, Layers, user_errors
 from seqkern.tasks import checkpoint as checkpoints
 from seqkern.tasks.job import Job
+from seqkern.tasks.lines import blank, lines_of, read_lines
 from seqkern.tasks.run import result_path
 from seqkern.tasks.training import restore_job
 
@@ -38,16 +39,21 @@ def predict(
 def translate(
     checkpoint: Checkpoint,
     source: Annotated[
-        Path | None, typer.Argument(help="a text a line; standard input where it is left out")
+        Path | None,
+        typer.Argument(help="a text a line; or standard input"),
     ] = None,
     beam: Beam = 4,
     layers: Layers = None,
 ) -> None:
     """Print the model's answer to each line of a file, a line each; an empty line stays one."""
     with user_errors():
-        text = sys.stdin.read() if source is None else source.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        asked = [line for line in lines if line.strip()]
+        numbered = (
+            lines_of(sys.stdin.buffer.read(), "standard input")
+            if source is None
+            else read_lines(source)
+        )
+        lines = [line for _, line in numbered]
+        asked = [line for line in lines if not blank(line)]
         answers = iter(load_job(checkpoint, layers).predict(asked, beam=beam) if asked else [])
     for line in lines:
-        print(next(answers) if line.strip() else "")
+        print("" if blank(line) else next(answers))

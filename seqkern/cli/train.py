@@ -9,13 +9,21 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from seqkern.cli.common import INTERRUPTED, Data, Layers, progress_bar, user_errors
+from seqkern.cli.common import (
+    INTERRUPTED,
+    Data,
+    Layers,
+    expect_device,
+    progress_bar,
+    user_errors,
+)
 from seqkern.cli.parallel import joined_processes
+from seqkern.tasks.batches import processes
 from seqkern.tasks.libraries import library
 from seqkern.tasks.registry import MODELS, make_job
 from seqkern.tasks.run import checkpoint_path, run_steps, start_log, stop_on_signal
 from seqkern.tasks.settings import parse_settings, resolve
-from seqkern.tasks.training import Trainer, processes
+from seqkern.tasks.training import Trainer
 
 OPTION = typer.Option
 
@@ -44,6 +52,7 @@ def train(
     folder = run or Path("runs") / f"{model}-{task}"
     given: dict[str, Any] = {"steps": steps, "seed": seed}
     with user_errors(), joined_processes():
+        expect_device(device)
         given = {name: value for name, value in given.items() if value is not None}
         given |= parse_settings(settings or [])
         path = checkpoint_path(folder)

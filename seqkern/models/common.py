@@ -27,7 +27,7 @@ def layers_named(layers: str) -> ModuleType:
 
 
 def check_sizes(config: Any, shares: tuple[str, ...] = (), free: tuple[str, ...] = ()) -> None:
-    """Raises ValueError unless the numbers of a config are possible.
+    """Raises ValueError unless the numbers of a config are possible; `pad` has to be a symbol.
 
     Args:
         config: a dataclass; what is neither in `shares` nor in `free`, and is a number, is a size
@@ -41,3 +41,6 @@ def check_sizes(config: Any, shares: tuple[str, ...] = (), free: tuple[str, ...]
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
         elif name not in free and type(value) in (int, float) and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    symbols = [value for name, value in vars(config).items() if name.endswith("symbols")]
+    if "pad" in vars(config) and symbols and not 0 <= config.pad < min(symbols):
+        raise ValueError(f"pad must be in 0 .. {min(symbols) - 1}, got {config.pad}")

@@ -77,6 +77,8 @@ class Seq2Seq(nn.Module):
             same names and, under the same seed, the same values in both.
     """
 
+    aligns = False  # a vector of fixed size has no places to look at
+
     def __init__(self, config: Seq2SeqConfig, layers: str = "seqkern") -> None:
         super().__init__()
         self.config, self.layers = config, layers

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from seqkern.tasks.vocab import PAD
@@ -33,6 +34,13 @@ class Stream(Protocol):
     def per_epoch(self) -> int: ...
 
     def __getitem__(self, step: int) -> Batch: ...
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are, under torchrun; (0, 1) otherwise."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def pad(rows: Sequence[Sequence[int]], value: int = PAD) -> Tensor:

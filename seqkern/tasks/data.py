@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from seqkern.tasks.job import Parts
 from seqkern.tasks.libraries import library
-from seqkern.tasks.lines import malformed, read_lines
+from seqkern.tasks.lines import blank, malformed, read_lines
 
 
 class Pair(NamedTuple):
@@ -37,10 +37,10 @@ def read_pairs(path: str | Path, fields: int = 2) -> list[Pair]:
     """
     pairs = []
     for number, line in read_lines(path):
-        if not line.strip():
+        if blank(line):
             continue
         found = [field.strip() for field in line.split("\t")]
-        if len(found) != fields or not all(found[:2]):
+        if len(found) != fields or any(map(blank, found[:2])):
             expected = f"source<TAB>target, {fields} non-empty fields, not {len(found)} field(s)"
             raise malformed(path, number, expected, line)
         pairs.append(Pair(*found[:2]))
@@ -64,10 +64,10 @@ def read_parallel(source: str | Path, target: str | Path) -> list[Pair]:
         )
     pairs = []
     for (number, x), (_, y) in zip(left, right):
-        if bool(x.strip()) != bool(y.strip()):
-            empty = source if y.strip() else target
-            raise malformed(empty, number, "a line for the other side's", x or y)
-        if x.strip():
+        if blank(x) != blank(y):
+            empty = source if blank(x) else target
+            raise malformed(empty, number, "a line for the other side's", y if blank(x) else x)
+        if not blank(x):
             pairs.append(Pair(x.strip(), y.strip()))
     if not pairs:
         raise ValueError(f"{source}: holds no pair")

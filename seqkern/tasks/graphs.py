@@ -23,7 +23,7 @@ from seqkern.tasks.treebank import LabelledTree
 from seqkern.tasks.trees import LEFT_OUT, ROWS, label_scores, numbers_of
 from seqkern.tasks.vocab import Labels, Vocab
 
-HEAD, NEXT = "head", "next"
+HEAD, NEXT, CHILD = "head", "next", "child"
 PARSES = {
     "conllu": "your folder of train, dev and test.conllu: the relation of a word to its head",
     "atis-parses": "requests about flights, UD_English-Atis: the relation of a word to its head",
@@ -58,7 +58,7 @@ def graph_of_tree(tree: LabelledTree) -> LabelledGraph:
     edges = []
     for node, parent in enumerate(tree.parents):
         if parent >= 0:
-            edges.append((node, parent, f"child {children[parent]}"))
+            edges.append((node, parent, f"{CHILD} {children[parent]}"))
             children[parent] += 1
     return LabelledGraph(tree.symbols, tuple(edges), tree.labels, tree.parents.index(-1))
 
@@ -155,16 +155,25 @@ class GraphJob(Job):
 
     def graphs(self, examples: Sequence[LabelledGraph]) -> Graphs:
         """A batch as one graph."""
-        words, edges = self.vocabs["words"], self.vocabs["edges"]
+        words = self.vocabs["words"]
         return Graphs.of(
             [
                 Graph(
                     [words.encode([symbol])[0] if symbol else 0 for symbol in graph.symbols],
-                    [(u, v, edges.encode(label)) for u, v, label in graph.edges],
+                    [(u, v, self._edge(label)) for u, v, label in graph.edges],
                 )
                 for graph in examples
             ]
         )
+
+    def _edge(self, label: str) -> int:
+        """The number of an edge label; of a child beyond those of training, that of their last."""
+        edges: Labels = self.vocabs["edges"]
+        kind, _, _ = label.partition(" ")
+        if label not in edges.names and kind == CHILD:
+            known = [int(name.split()[1]) for name in edges.names if name.startswith(CHILD)]
+            label = f"{CHILD} {max(known, default=0)}"
+        return edges.encode(label)
 
     def _counted(self, graph: LabelledGraph) -> list[int]:
         """The nodes whose labels are a graph's part of the loss."""

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqkern.models.rnnlm import RNNLM, gradient_norms
+from seqkern.tasks.batches import processes
 from seqkern.tasks.corpora import corpus_folder, multi30k_files, needed_file, part_file
 from seqkern.tasks.job import Job, Parts
 from seqkern.tasks.lines import read_lines
+from seqkern.tasks.metrics import perplexity
 from seqkern.tasks.registry import build_model
 from seqkern.tasks.vocab import BOS, EOS, PAD, SPECIALS, UNKNOWN, Vocab
 
@@ -43,44 +45,56 @@ class Windows:
         batch_size: rows of a batch.
         window: T, symbols of a row; the last window of an epoch may be shorter.
         seed: of the places of windows that do not follow each other.
-        follow: True cuts the text into `batch_size` streams, and the window of a step begins
-            where that of the step before ended; what does not fill all streams is left out. False
-            draws every window's place at random.
+        follow: True cuts the text into `batch_size * shares` streams, and the window of a step
+            begins where that of the step before ended; what does not fill all streams is left
+            out. False draws every window's place at random.
+        shares: with `follow`, batches in which all streams have their next window; the n-th of
+            each such group is of the same streams.
 
     Raises:
         ValueError: a size is below 1, or the text is too short.
     """
 
-    def __init__(self, text: Tensor, batch_size: int, window: int, seed: int, follow: bool) -> None:
+    def __init__(
+        self,
+        text: Tensor,
+        batch_size: int,
+        window: int,
+        seed: int,
+        follow: bool,
+        shares: int = 1,
+    ) -> None:
         N = text.numel() - 1
-        needed = batch_size if follow else window
+        needed = batch_size * shares if follow else window
         if batch_size < 1 or window < 1 or needed > N:
             raise ValueError(
                 "windows need batch_size >= 1, window >= 1 and a text of at least "
-                f"{'batch_size' if follow else 'window'} symbols, got {batch_size}, {window} "
-                f"and {N} symbols"
+                f"{needed} symbols, got {batch_size}, {window} and {N} symbols"
             )
         self._text, self._window, self._seed, self._follow = text, window, seed, follow
-        self._batch_size, self._stream = batch_size, N // batch_size
+        self._batch_size, self._shares = batch_size, shares
+        self._stream = N // (batch_size * shares)  # symbols
 
     @property
     def per_epoch(self) -> int:
         """Batches in which as many symbols are read as the text has."""
         if self._follow:
-            return -(-self._stream // self._window)
+            return -(-self._stream // self._window) * self._shares
         return max(1, (self._text.numel() - 1) // (self._batch_size * self._window))
 
     def __getitem__(self, step: int) -> TextBatch:
         """The batch of a step, 0 being the first of the first epoch."""
         B, T, at = self._batch_size, self._window, step % self.per_epoch
         if self._follow:
+            at, share = divmod(at, self._shares)
             T = min(T, self._stream - at * T)
-            starts = [row * self._stream + at * self._window for row in range(B)]
+            rows = range(share * B, (share + 1) * B)
+            starts = [row * self._stream + at * self._window for row in rows]
         else:
             draw = random.Random(f"{self._seed} {step}")
             starts = [draw.randrange(self._text.numel() - T) for _ in range(B)]
-        rows = torch.stack([self._text[start : start + T + 1] for start in starts])
-        return TextBatch(rows[:, :-1], rows[:, 1:], B * T, B, at)
+        xy = torch.stack([self._text[start : start + T + 1] for start in starts])
+        return TextBatch(xy[:, :-1], xy[:, 1:], B * T, B, at)
 
 
 def read_text(path: str | Path, tokens: str) -> list[str]:
@@ -220,7 +234,8 @@ class LanguageModelJob(Job):
                 f"window must be at most the model's context, {self.context}, got {window}"
             )
         text = self._numbers(self.part("train"))
-        return Windows(text, batch_size, window, seed, bool(self.model.carries))
+        shares = processes()[1]  # each keeps the states of streams of its own
+        return Windows(text, batch_size, window, seed, bool(self.model.carries), shares)
 
     def collate(self, examples: list[Sequence[str]]) -> TextBatch:
         """Texts of one length, each from its beginning, as one batch."""
@@ -231,7 +246,7 @@ class LanguageModelJob(Job):
         return (len(example),)
 
     def loss(self, batch: TextBatch) -> Tensor:
-        # An epoch's first window follows none, nor does one that another process took the last of.
+        # An epoch's first window follows none.
         state = self._state if batch.at == self._next else None
         scores, state = self.model(batch.x, state)
         if self.model.carries:
@@ -269,10 +284,10 @@ class LanguageModelJob(Job):
             scores, state = self.model(x.unsqueeze(0), state if self.model.carries else None)
             total += F.cross_entropy(scores[0].double(), y, reduction="sum").item()
         nats = total / len(symbols)
-        found = {"nats": nats, "bits": nats / math.log(2), "perplexity": math.exp(nats)}
+        found = {"nats": nats, "bits": nats / math.log(2), "perplexity": perplexity(nats)}
         if ngram:
             counted = self.counted_nats(part, ngram)
-            found |= {"kneser_ney": math.exp(counted), "ratio": math.exp(nats - counted)}
+            found |= {"kneser_ney": perplexity(counted), "ratio": perplexity(nats - counted)}
         return found
 
     def counted_nats(self, part: str, order: int) -> float:
@@ -365,4 +380,5 @@ class LanguageModelJob(Job):
         if not rows:
             raise ValueError(f"gradients need {length} symbols, got {text.numel()}")
         x = text[: rows * length].view(rows, length).to(self.device)
+        self.model.eval()
         return gradient_norms(self.model, x).tolist()

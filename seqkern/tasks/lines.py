@@ -26,12 +26,24 @@ def read_lines(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[int,
             content = gzip.decompress(content)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a whole gzip file ({error})") from error
+    yield from lines_of(content, path, encoding)
+
+
+def lines_of(
+    content: bytes, name: str | Path, encoding: str = "utf-8"
+) -> Iterator[tuple[int, str]]:
+    """`read_lines` of what was read already; `name` is for the errors."""
     for number, raw in enumerate(content.splitlines(), 1):
         try:
             line = raw.decode(encoding)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not {encoding.upper()} ({error.reason})") from error
+            raise ValueError(f"{name}:{number}: not {encoding.upper()} ({error.reason})") from error
         yield number, line.removeprefix("\ufeff") if number == 1 else line
+
+
+def blank(text: str) -> bool:
+    """Whether a text shows nothing: white space, and signs of no width, which strip() keeps."""
+    return not any(c.isprintable() and not c.isspace() for c in text)
 
 
 def malformed(path: str | Path, number: int, expected: str, line: str) -> ValueError:

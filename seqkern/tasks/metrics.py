@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -60,7 +62,8 @@ def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]], tokeniz
 
     Raises:
         ModuleNotFoundError: sacrebleu is not installed.
-        ValueError: the two differ in length, are empty, or a hypothesis has no reference.
+        ValueError: the two differ in length, are empty, or a hypothesis has no reference; or
+            sacrebleu has no such tokenisation.
     """
     if len(hypotheses) != len(references) or not references or not all(references):
         raise ValueError(
@@ -81,4 +84,12 @@ def bleu_signature(tokenize: str) -> str:
 
 def _bleu(tokenize: str) -> Any:
     metrics = library("sacrebleu.metrics.bleu", "sacrebleu", "BLEU")
+    if tokenize not in metrics.BLEU.TOKENIZERS:
+        known = ", ".join(sorted(metrics.BLEU.TOKENIZERS))
+        raise ValueError(f"bleu must be a tokenisation of sacrebleu, {known}, got {tokenize!r}")
     return metrics.BLEU(tokenize=tokenize, force=True)
+
+
+def perplexity(nats: float) -> float:
+    """exp of nats per symbol, infinite beyond the largest float."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf

@@ -70,7 +70,7 @@ def recipe_named(name: str) -> Recipe:
 def start(recipe: Recipe, data: str, seed: int, layers: str, folder: Path) -> Trainer:
     """The trainer of a recipe: a new one, or that of the folder's checkpoint."""
     if checkpoint_path(folder).exists():
-        trainer = Trainer.resume(checkpoint_path(folder))
+        trainer = Trainer.resume(checkpoint_path(folder), data=data or None)
     else:
         spec = JobSpec(
             recipe.model, recipe.task, data, layers, seed, dict(recipe.sizes), dict(recipe.reading)
@@ -83,7 +83,7 @@ def start(recipe: Recipe, data: str, seed: int, layers: str, folder: Path) -> Tr
 def finish(name: str, trainer: Trainer, folder: Path) -> Result:
     """Scores of the best weights of a finished training, written to folder/result.json too."""
     recipe = recipe_named(name)
-    job = restore_job(checkpoint.load(result_path(folder)))
+    job = restore_job(checkpoint.load(result_path(folder)), data=trainer.job.spec.data)
     scores = job.evaluate(recipe.part, **recipe.evaluate)
     score, target = scores[recipe.score], recipe.target
     result = Result(

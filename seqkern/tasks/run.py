@@ -80,7 +80,12 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 def start_log(folder: Path, step: int) -> None:
-    """Keeps the lines of the logs up to `step`: those after it are about to be written again."""
+    """Keeps the lines of the logs up to `step`: those after it are about to be written again.
+
+    A new run does not keep the best weights of another that had the folder before.
+    """
+    if not step:
+        best_path(folder).unlink(missing_ok=True)
     for path in (log_path(folder), scores_path(folder)):
         kept = []
         if step and path.exists():

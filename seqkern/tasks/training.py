@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqkern.tasks import checkpoint
-from seqkern.tasks.batches import Stream
+from seqkern.tasks.batches import Stream, processes
 from seqkern.tasks.job import Job, JobSpec
 from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.registry import make_job
@@ -29,20 +29,14 @@ class Best(NamedTuple):
     stale: int
 
 
-def processes() -> tuple[int, int]:
-    """This process's number and how many there are, under torchrun; (0, 1) otherwise."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 class Trainer:
     """A job's model, its optimiser and its place in the data.
 
     It keeps a random state of its own, so several trainers can take turns in one process and each
     sees the numbers that it would see alone. Under torch.distributed every process takes its share
     of a step's batches, `accumulate` of them, and the gradients are summed over all: N processes
-    with accumulate=1 do what one does with accumulate=N, but for dropout.
+    with accumulate=1 do what one does with accumulate=N, but for dropout, and but for a language
+    model that carries its state on, which they train as one does with N times the batch_size.
 
     Args:
         job: the model and its data.
@@ -119,8 +113,10 @@ class Trainer:
             self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr_at(step, steps)
-        first = (step * self.world + self.rank) * options.accumulate
-        batches = [self.job.place(stream[first + i]) for i in range(options.accumulate)]
+        # A process takes every N-th batch, so that a text of N parts is one part for each.
+        first = step * options.accumulate
+        places = [(first + i) * self.world + self.rank for i in range(options.accumulate)]
+        batches = [self.job.place(stream[place]) for place in places]
         counts = torch.tensor([sum(b.units for b in batches), sum(b.rows for b in batches)])
         self._sum([counts])
         self.optimizer.zero_grad()
@@ -134,15 +130,22 @@ class Trainer:
             losses.append(loss.detach())
         total = torch.stack(losses).sum()
         if self.world > 1:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self._sum([total, *(p.grad for p in parameters)])
+            self._sum([total, *self._gradients()])
         if options.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         self.optimizer.step()
         self.job.after_step()
         return total.item(), int(counts[1])
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradients of what has one in any process; weight decay leaves the others alone."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        having = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)
+        self._sum([having])
+        kept = [p for p, n in zip(parameters, having.tolist(), strict=True) if n]
+        for p in kept:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return [p.grad for p in kept if p.grad is not None]
 
     def _phase(self) -> tuple[Stream, int, int]:
         """The batches of the phase that the next step is in, its place in it, and its length."""
@@ -214,20 +217,27 @@ class Trainer:
         return states
 
     @classmethod
-    def resume(cls, path: Path, layers: str | None = None, device: str = "cpu") -> Trainer:
+    def resume(
+        cls,
+        path: Path,
+        layers: str | None = None,
+        device: str = "cpu",
+        data: str | None = None,
+    ) -> Trainer:
         """The trainer whose `content` was saved; its next losses are those of a run never stopped.
 
         Args:
             path: a checkpoint.
             layers: "seqkern" or "torch", where other than before.
             device: where to train.
+            data: where the data lies now, where elsewhere than before.
 
         Raises:
             ValueError: the file is no checkpoint, or the data it was trained on has changed, or
                 it was trained by another number of processes.
         """
         content = checkpoint.load(path)
-        job = restore_job(content, layers)
+        job = restore_job(content, layers, data)
         expect_same_data(path, content, job)
         job.model.to(device)
         trainer = cls(job, TrainOptions(**content["options"]))
@@ -237,7 +247,10 @@ class Trainer:
                 f"{trainer.world}; a resumed run keeps their number"
             )
         trainer.optimizer.load_state_dict(content["optimizer"])
-        trainer.step, trainer.recent = content["step"], content["recent"]
+        trainer.step = content["step"]
+        trainer.recent = [
+            {name: t.to(device) for name, t in weights.items()} for weights in content["recent"]
+        ]
         trainer.best = None if content["best"] is None else Best(*content["best"])
         carried = copy.copy(content["random"][trainer.rank])
         trainer._rng_state = carried.pop("rng_state")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqkern.tasks.batches import pad, pad_sources
+from seqkern.tasks.batches import Stream, pad, pad_sources
 from seqkern.tasks.corpora import corpus_folder, multi30k_files
 from seqkern.tasks.data import (
     Pair,
@@ -24,10 +23,12 @@ from seqkern.tasks.data import (
 )
 from seqkern.tasks.decoding import beam_search, decode
 from seqkern.tasks.job import Alignment, Job, Parts
-from seqkern.tasks.metrics import bleu, bleu_signature, error_rates
+from seqkern.tasks.metrics import bleu, bleu_signature, error_rates, perplexity
 from seqkern.tasks.registry import build_model
 from seqkern.tasks.sides import Side, tokenize
 from seqkern.tasks.vocab import BOS, EOS, PAD
+
+SIDES = ("source", "target")
 
 
 class PairBatch(NamedTuple):
@@ -122,31 +123,42 @@ class TranslationJob(Job):
         """The pairs in three parts that share no source."""
         task, data = self.spec.task, self.spec.data
         if task in CORPORA:
-            return CORPORA[task](data)
+            return Parts(*map(self._in_case, CORPORA[task](data)))
         if task == "cmudict":
             pairs = read_cmudict()
         elif task == "pairs":
+            if not data:
+                raise ValueError("task 'pairs' needs data: a file of source<TAB>target lines")
             pairs = read_pairs(data)
         else:
             source, comma, target = data.partition(",")
             if not comma:
                 raise ValueError(f"task 'parallel' needs data SOURCE,TARGET, got {data!r}")
             pairs = read_parallel(source, target)
-        if self.reading["lower"]:
-            pairs = [pair._replace(source=pair.source.lower()) for pair in pairs]
-        return split_by_source(pairs, self.spec.seed)
+        return split_by_source(self._in_case(pairs), self.spec.seed)
+
+    def _in_case(self, pairs: list[Pair]) -> list[Pair]:
+        return [pair._replace(source=self._cased(pair.source)) for pair in pairs]
+
+    def _cased(self, source: str) -> str:
+        return source.lower() if self.reading["lower"] else source
 
     def build_vocabs(self) -> dict[str, Any]:
         reading, train = self.reading, self.data.train
-        return {
-            side: Side.learn(
-                [getattr(pair, side) for pair in train],
-                reading[f"{side}_tokens"],
-                reading["min_count"],
-                reading["symbols"],
-            )
-            for side in ("source", "target")
+        texts = {side: [getattr(pair, side) for pair in train] for side in SIDES}
+        tokens = {side: reading[f"{side}_tokens"] for side in SIDES}
+        if self.spec.sizes.get("shared"):
+            if len(set(tokens.values())) > 1:
+                raise ValueError(
+                    "shared needs one vocabulary, and so the same source_tokens and "
+                    f"target_tokens, got {tokens['source']!r} and {tokens['target']!r}"
+                )
+            texts = {"source": [text for side in SIDES for text in texts[side]]}
+        learned = {
+            side: Side.learn(those, tokens[side], reading["min_count"], reading["symbols"])
+            for side, those in texts.items()
         }
+        return {side: learned.get(side, learned["source"]) for side in SIDES}
 
     def build_model(self) -> nn.Module:
         sizes = {f"{side}_symbols": len(self.vocabs[side]) for side in ("source", "target")}
@@ -155,13 +167,24 @@ class TranslationJob(Job):
     @cached_property
     def _numbers(self) -> dict[Pair, tuple[list[int], list[int]]]:
         """The training pairs in numbers: they are cut into symbols once."""
-        return {
-            p: (self.source.encode(p.source), self.target.encode(p.target)) for p in self.data.train
-        }
+        return {pair: self._encoded(pair) for pair in self.data.train}
+
+    def _encoded(self, pair: Pair) -> tuple[list[int], list[int]]:
+        rows = self.source.encode(pair.source), self.target.encode(pair.target)
+        for side, row in zip(SIDES, rows, strict=True):
+            if not row:
+                raise ValueError(f"the {side} of {tuple(pair)!r} holds no symbol")
+        return rows
 
     def _rows(self, pair: Pair) -> tuple[list[int], list[int]]:
-        found = self._numbers.get(pair)
-        return found or (self.source.encode(pair.source), self.target.encode(pair.target))
+        return self._numbers.get(pair) or self._encoded(pair)
+
+    def batches(self, batch_size: int, seed: int) -> Stream:
+        # What the dev and test parts would end a training with is found before it.
+        for pair in (*self.data.dev, *self.data.test):
+            self._encoded(pair)
+        self.scorer()
+        return super().batches(batch_size, seed)
 
     def length(self, example: Pair) -> tuple[int, ...]:
         # The target first: the decoder runs every row to the longest one, and a recurrent encoder
@@ -204,7 +227,7 @@ class TranslationJob(Job):
         Raises:
             ValueError: a text is empty, or has a character that the training data had not.
         """
-        texts = [text.lower() if self.reading["lower"] else text for text in texts]
+        texts = [self._cased(text) for text in texts]
         for text in texts:
             self.source.known(text)
         return self.decode(texts, beam)
@@ -219,7 +242,7 @@ class TranslationJob(Job):
         answers = references(pairs)
         found = self.decode(list(answers), beam)
         scores = {"loss": self.mean_loss(pairs)}
-        scores["perplexity"] = math.exp(scores["loss"])
+        scores["perplexity"] = perplexity(scores["loss"])
         if self.reading["bleu"]:
             scores["bleu"] = bleu(found, list(answers.values()), self.reading["bleu"])
             return scores
@@ -276,9 +299,14 @@ class TranslationJob(Job):
         return "Levenshtein distance to the nearest reference (rapidfuzz)"
 
     def align(self, text: str, beam: int = 4) -> Alignment:
-        """The best target of a source with its alignment, of a model that has one; the last row
-        is EOS's."""
-        numbers = self.source.known(text)
+        """The best target of a source with its alignment; the last row is EOS's.
+
+        Raises:
+            ValueError: the model has no alignment, or as `predict`.
+        """
+        if not getattr(self.model, "aligns", True):
+            return super().align(text)
+        numbers = self.source.known(self._cased(text))
         x, lengths = pad_sources([numbers])
         self.model.eval()
         best = beam_search(self.model, x, lengths, beam=beam, max_length=self.max_length)
