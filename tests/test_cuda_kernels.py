@@ -315,6 +315,7 @@ def cuda_ops(monkeypatch: pytest.MonkeyPatch):
         return "block" if fits(mode, kinds.get(products, products), hidden, 163 << 10) else ""
 
     monkeypatch.setattr(block, "room", room)
+    monkeypatch.setattr(block, "built", lambda device: device < 1)
     return importlib.import_module("seqkern.ops.recurrent"), launched
 
 
@@ -343,9 +344,10 @@ def test_the_kernels_that_the_ops_have_on_cuda(cuda_ops, dtype, H: int, skeleton
 
 
 def test_what_a_layer_runs_is_explained(cuda_ops) -> None:
-    assert block.refusal(torch.bfloat16, False) is None
-    assert "projection" in (block.refusal(torch.bfloat16, True) or "")
-    assert "float64" in (block.refusal(torch.float64, False) or "")
+    assert block.refusal(torch.bfloat16, False, 0) is None
+    assert "projection" in (block.refusal(torch.bfloat16, True, 0) or "")
+    assert "float64" in (block.refusal(torch.float64, False, 0) or "")
+    assert "no CUDA kernel was compiled" in (block.refusal(torch.bfloat16, False, 1) or "")
     assert block.reason("LSTM", torch.bfloat16, 144, 0).endswith("thread blocks: block")
     assert "step: W_hh of 145 units does not fit" in block.reason("LSTM", torch.bfloat16, 145, 0)
     assert block.reason("LSTM", torch.float32, 88, 0).endswith(": block")

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from seqkern.ops.choice import has_native_kernel
 from seqkern.ops.recurrent import recurrent
 from seqkern.reference.cells import GATES
-from tests.recurrent_layers import layer_arguments
+from tests.recurrent_layers import layer_arguments, torch_layer
 
 CAPABILITIES = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 
@@ -143,3 +143,53 @@ def test_bits_do_not_depend_on_the_number_of_threads(
             torch.set_num_threads(1)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+# ---- sizes of 0 and values that are not finite, as torch.nn has them
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_capability
+@every_mode
+def test_gradients_of_an_input_without_features(mode: str, capability: str, dtype) -> None:
+    """They are those of one feature that is zero. That of W_ih is empty, its pointer null."""
+    x, h0, c0, weights = layer_arguments(mode, 3, 2, 1, 5, dtype=dtype)
+    grads = []
+    for features in (0, 1):
+        leaves = [w.detach().requires_grad_() for w in (weights[0][:, :features], *weights[1:])]
+        y = recurrent(mode, torch.zeros_like(x)[..., :features], h0, c0, leaves)[0]
+        grads.append(torch.autograd.grad(y.square().sum(), leaves))
+    assert grads[0][0].shape == (weights[0].size(0), 0)
+    assert all(torch.equal(a, b) for a, b in zip(grads[0][1:], grads[1][1:], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(("mode", "proj"), [*((mode, 0) for mode in GATES), ("LSTM", 5)])
+@every_capability
+def test_an_infinite_input_saturates_its_gates(capability: str, mode: str, proj: int, dtype):
+    """Zero weights beside the last of 20 units make no NaN of it."""
+    layer = torch_layer(mode, 3, 20, **({"proj_size": proj} if proj else {}))
+    x, (h0, c0) = torch.randn(3, 2, 3), (torch.zeros(1, 2, proj or 20), torch.zeros(1, 2, 20))
+    x[0, 0, 0] = -torch.inf
+    with torch.no_grad():
+        expected = layer(x)[0]
+        weights = [w.to(dtype) for w in layer._flat_weights]
+        c = c0.to(dtype) if mode == "LSTM" else None
+        actual = recurrent(mode, x.to(dtype), h0.to(dtype), c, weights)[0].float()
+    finite = expected.isfinite()
+    assert torch.equal(actual.isfinite(), finite)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(actual[finite], expected[finite], rtol=tolerance, atol=tolerance)
+
+
+@every_capability
+def test_a_gradient_passes_through_nan_of_relu(capability: str) -> None:
+    x, h0, _, weights = layer_arguments("RNN_RELU", 1, 2, 3, 2)
+    weights[0][0, :2] = torch.tensor([torch.inf, -torch.inf])
+    leaves = [w.detach().requires_grad_() for w in weights]
+    y = recurrent("RNN_RELU", torch.ones_like(x), h0, None, leaves)[0]
+    assert y[..., 0].isnan().all()
+    grads = torch.autograd.grad(y.square().sum(), leaves)
+    assert all(grad[0].isnan().all() for grad in grads)
+    assert all(grad[1].isfinite().all() for grad in grads)

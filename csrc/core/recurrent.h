@@ -89,7 +89,8 @@ struct Backward {
   void* dx;                       // x's shape, contiguous, or null when not needed
   void* dx_reverse;               // filled in by recurrent_backward
   void *dh0, *dc0;                // dc0 null when not LSTM
-  void* dw[kMaxDirections][5];    // w_ih, w_hh, b_ih, b_hh, w_hr; all null when not needed
+  bool need_dw;                   // not told by the pointers: that of an empty matrix is null
+  void* dw[kMaxDirections][5];    // w_ih, w_hh, b_ih, b_hh, w_hr
   int threads;
 };
 

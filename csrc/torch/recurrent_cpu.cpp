@@ -216,6 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
   b.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
   b.dh0 = dh0.mutable_data_ptr();
   b.dc0 = lstm ? dc0.mutable_data_ptr() : nullptr;
+  b.need_dw = need_dw;
   Tensors dw;
   size_t at = 0;
   for (int64_t d = 0; d < s.D; ++d) {

@@ -37,17 +37,19 @@ struct Room {
   int64_t slices = 0;  // at once; 0 where a device has no room for one
 };
 
-// What a device allows does not change, and asking it takes microseconds.
+// What a device allows does not change, and asking it takes microseconds. An error is no answer.
 Room room_of(Mode mode, Type type, int64_t hidden, bool backward, int32_t device) {
   static std::mutex lock;
   static std::map<std::tuple<Mode, Type, int64_t, bool, int32_t>, Room> known;
   const std::lock_guard<std::mutex> guard(lock);
-  const auto [entry, fresh] = known.try_emplace({mode, type, hidden, backward, device});
-  Room& room = entry->second;
-  if (fresh &&
-      !seqkern::cuda::choose_plan(mode, type, hidden, backward, device, &room.plan, &room.slices))
-    room.slices = 0;
-  return room;
+  const std::tuple key{mode, type, hidden, backward, device};
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  Room room;
+  const char* error =
+      seqkern::cuda::choose_plan(mode, type, hidden, backward, device, &room.plan, &room.slices);
+  STD_TORCH_CHECK(!error, "recurrent_block: cuda:", device,
+                  " does not say what it has room for: ", error ? error : "");
+  return known[key] = room;
 }
 
 // The checked arguments that forward and backward share, and the tensors that their pointers need.

@@ -143,6 +143,14 @@ void backward(Optional dy, Optional sums, Tensor dh, Optional dc, Optional gates
   call.launch(p);
 }
 
+bool built(int64_t device) {
+  bool found = false;
+  const char* error = seqkern::cuda::has_steps(int(device), &found);
+  STD_TORCH_CHECK(!error, "recurrent_step: cuda:", device,
+                  " does not say what was built for it: ", error ? error : "");
+  return found;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqkern, m) {
@@ -153,6 +161,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqkern, m) {
       "recurrent_step_backward(Tensor? dy, Tensor? sums, Tensor(a!) dh, Tensor(b!)? dc,"
       " Tensor? gates, Tensor? cells, Tensor? before, Tensor? initial, Tensor? y, Tensor(c!) dg,"
       " Tensor(d!)? dah, str mode) -> ()");
+  m.def("recurrent_step_built(int device) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) {
+  m.impl("recurrent_step_built", TORCH_BOX(&built));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CUDA, m) {

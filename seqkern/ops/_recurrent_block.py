@@ -34,12 +34,20 @@ def by_kind(weights: list[Tensor], directions: int) -> BlockWeights:
     return BlockWeights(*kinds, *([] for _ in range(4 - each)))
 
 
-def refusal(dtype: torch.dtype, proj: bool) -> str | None:
-    """Why CUDA has no kernel for a layer; None where it has one."""
+@functools.cache
+def built(device: int) -> bool:
+    """Whether the kernels were compiled for a device."""
+    return torch.ops.seqkern.recurrent_step_built(device)
+
+
+def refusal(dtype: torch.dtype, proj: bool, device: int) -> str | None:
+    """Why CUDA has no kernel for a layer on a device; None where it has one."""
     if proj:
         return "the CUDA kernels have no projection"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the CUDA kernels take float32, bfloat16 and float16, not {dtype}"
+    if not built(device):
+        return "no CUDA kernel was compiled for this GPU (they need compute capability 8.0)"
     return None
 
 
@@ -56,7 +64,7 @@ def products(dtype: torch.dtype) -> str:
 def room(mode: str, products: str, hidden: int, device: int) -> str:
     """How forward and backward are spread over a device that holds all of W_hh, in words such as
     "cluster of 12, grid of 34"; "" where it does not hold it. The answer does not change, and
-    asking for it takes microseconds."""
+    asking for it takes microseconds; an error, as of full memory, is none, and not kept."""
     return torch.ops.seqkern.recurrent_block_room(mode, products, hidden, device)
 
 

@@ -86,7 +86,7 @@ def relu_forward(ax: Tensor, ah: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, 
 
 
 def relu_backward(dm, dc, saved, m, c, h, c_prev) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    da = dm * (m > 0)
+    da = dm.masked_fill(m <= 0, 0)  # as torch: a gradient passes through NaN
     return da, da, dc, torch.zeros_like(h)
 
 

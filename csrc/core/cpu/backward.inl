@@ -76,10 +76,10 @@ struct BackwardPass {
         my_outputs(me_.units ? share_of(Pp, me_) : Range{0, Pp}),
         my_units(me_.units ? share_of(Hp, me_) : Range{0, Hp}),
         share_rows(me_.units ? RowShare{0, 1} : RowShare{me_.rank, me_.members}),
-        need_w(f_.dw[0][0] != nullptr),
+        need_w(f_.need_dw),
         pack_hh(s.T > 1 || kNarrow),
         pack_ih(s.N > kDxRows || kNarrow),
-        direct_i(sizeof(S) == sizeof(C) && s.I % W == 0),
+        direct_i(sizeof(S) == sizeof(C) && s.I % W == 0 && s.I > 0),
         direct_p(sizeof(S) == sizeof(C) && s.P % W == 0),
         ldw_i(direct_i ? s.I : ldi),
         ldw_p(direct_p ? s.P : ldp) {}
@@ -240,7 +240,7 @@ struct BackwardPass {
       for (int64_t j = my_outputs.begin * W; j < min_(my_outputs.end * W, s.P); j += L) {
         V<C> v = load<C>(dh + b * ldp + j);
         if (f.dy) v += load_n<C>(static_cast<const S*>(f.dy) + (row * s.D + d) * s.P + j, s.P - j);
-        store_as(total + b * ldp + j, v);
+        store_operand<C>(total + b * ldp + j, v, s.P - j);
         store<C>(dh + b * ldp + j, V<C>{});
       }
       for (int64_t j = my_units.begin * W; j < my_units.end * W; j += L)
@@ -333,7 +333,7 @@ struct BackwardPass {
   }
 
   // Columns [begin, end) of `a` (rows, lda), transposed, times x and h of the chunk, added to the
-  // sums; with neither sum, times m into dw_hr. Also the column sums, for the biases.
+  // sums, and the column sums, for the biases; without those, times m into dw_hr.
   void weight_gradient(const A* a, int64_t lda, int64_t begin, int64_t end, int64_t rows, C* to_ih,
                        C* to_hh, C* sums, bool fresh) {
     constexpr int64_t width = Gemm::kGradientRows;
@@ -344,8 +344,7 @@ struct BackwardPass {
       Gemm::take_columns(n, rows, a + begin + j, lda, columns, sums ? sums + j : nullptr);
       if (to_ih) Gemm::gradient(n, rows, columns, x_panels, Ip, to_ih + j * ldw_i, ldw_i, fresh);
       if (to_hh) Gemm::gradient(n, rows, columns, h_panels, Pp, to_hh + j * ldw_p, ldw_p, fresh);
-      if (!to_ih && !to_hh)
-        Gemm::gradient(n, rows, columns, m_panels, Hp, dw_hr + j * ldh, ldh, fresh);
+      if (!sums) Gemm::gradient(n, rows, columns, m_panels, Hp, dw_hr + j * ldh, ldh, fresh);
     }
   }
 

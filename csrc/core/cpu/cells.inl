@@ -50,7 +50,7 @@ struct Cell<Mode::lstm, C> {
       store_n<C>(r.y + j, h, n);
       h = through<S, C>(h);
     }
-    store_as(r.h + j, h);
+    store_operand<C>(r.h + j, h, n);
     if constexpr (Save) {
       store_n<C>(r.gates + j, i, n);
       store_n<C>(r.gates + H + j, f, n);
@@ -96,7 +96,7 @@ struct Cell<Mode::gru, C> {
     const V<C> u = tanh<C>(nx + r * nh), h_prev = load_as<C>(row.h_prev + j);
     const V<C> h = u + z * (h_prev - u);
     store_n<C>(row.y + j, h, n);
-    store_as(row.h + j, through<S, C>(h));
+    store_operand<C>(row.h + j, through<S, C>(h), n);
     if constexpr (Save) {
       store_n<C>(row.gates + j, r, n);
       store_n<C>(row.gates + H + j, z, n);
@@ -135,7 +135,7 @@ struct ElmanCell {
     // As torch: the larger of a and 0, and NaN stays NaN.
     const V<C> h = M == Mode::rnn_tanh ? tanh<C>(a) : (a < C(0)) ? V<C>{} : a;
     store_n<C>(r.y + j, h, H - j);
-    store_as(r.h + j, through<S, C>(h));
+    store_operand<C>(r.h + j, through<S, C>(h), H - j);
   }
 
   template <class S, class A>
@@ -147,7 +147,7 @@ struct ElmanCell {
     if constexpr (M == Mode::rnn_tanh)
       dh *= C(1) - y * y;
     else
-      dh = (y > C(0)) ? dh : V<C>{};
+      dh = (y <= C(0)) ? V<C>{} : dh;  // as torch: a gradient passes through NaN
     store_n<C>(r.dg + j, dh, n);
     store<C>(r.dh + j, V<C>{});
   }

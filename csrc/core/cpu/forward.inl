@@ -281,7 +281,7 @@ struct ForwardPass {
       for (int64_t j = from; j < min_(to, s.P); j += L) {
         const V<C> v = load<C>(out + r * ldo + j);
         store_n<C>(y + j, v, s.P - j);
-        store_as(h + r * share_rows.stride * ldh + j, through<S, C>(v));
+        store_operand<C>(h + r * share_rows.stride * ldh + j, through<S, C>(v), s.P - j);
       }
     }
   }

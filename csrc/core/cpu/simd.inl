@@ -156,6 +156,15 @@ SK_INLINE void store_n(S* p, V<C> v, int64_t n) {
   store<C>(t, v);
   store_end<C, S>(p, t, n);
 }
+// n values of an operand of a product. A narrow one is multiplied in whole tiles, where zero
+// weights would make NaN of infinities beside it: there what stood stays, zeros.
+template <class C, class A>
+SK_INLINE void store_operand(A* p, V<C> v, int64_t n) {
+  if constexpr (sizeof(A) < sizeof(C))
+    store_n<C>(p, v, n);
+  else
+    store_as(p, v);
+}
 // Rounds to the storage type and back: what a reader of the stored value sees.
 template <class S, class C>
 SK_INLINE V<C> through(V<C> v) {

@@ -120,7 +120,7 @@ struct Cell<Mode::rnn_tanh> {
   }
 
   static SK_DEVICE void backward(CellGradient& k, float* dg, bool relu) {
-    dg[0] = relu ? (k.y > 0.0f ? k.dh : 0.0f) : k.dh * (1.0f - k.y * k.y);
+    dg[0] = relu ? (k.y <= 0.0f ? 0.0f : k.dh) : k.dh * (1.0f - k.y * k.y);
     k.dh = 0.0f;
   }
 };

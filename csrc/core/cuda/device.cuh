@@ -130,7 +130,8 @@ SK_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
       "r"(bytes)
       : "memory");
 }
-// Until the phase of this parity has ended; phases count from 0.
+// Until the phase of this parity has ended; phases count from 0. The order is that of the block,
+// which its own shared memory needs; .acquire.cluster would drop the L1 cache besides.
 SK_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t ended = 0;
   while (!ended)

@@ -44,23 +44,36 @@ struct Setting {
   Setting(const Setting&) = delete;
 };
 
-// Asked for at every launch: the attributes belong to the device that is current now.
-cudaError_t allow(const void* kernel, const Plan& plan) {
+// All threads of the process share a kernel's attributes on a device, which stay as they are set.
+// So the shared memory is the most that there is, whatever the plan: what a smaller plan allowed
+// would refuse the launch of a larger one that another thread is about to make.
+cudaError_t allow(const void* kernel, const Plan& plan, int device) {
+  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (error != cudaSuccess || plan.members <= 8 || plan.skeleton != Skeleton::cluster) return error;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
 
+// Whether an error is about the plan or the card, and will come again; memory that is full now is
+// not.
+bool refuses(cudaError_t error) {
+  return error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration ||
+         error == cudaErrorInvalidClusterSize || error == cudaErrorInvalidDeviceFunction ||
+         error == cudaErrorNoKernelImageForDevice || error == cudaErrorNotSupported ||
+         error == cudaErrorLaunchOutOfResources;
+}
+
 // Slices that the current device computes at the same time; 0 where it cannot run even one.
-int64_t slices_at_once(const void* kernel, const Plan& plan, int device) {
+cudaError_t slices_at_once(const void* kernel, const Plan& plan, int device, int64_t* slices) {
   int count = 0;
-  cudaError_t error = allow(kernel, plan);
+  *slices = 0;
+  cudaError_t error = allow(kernel, plan, device);
   if (error == cudaSuccess && plan.skeleton == Skeleton::cluster) {
     // Compiled for older cards alone, the kernel has no body.
     cudaFuncAttributes compiled{};
     error = cudaFuncGetAttributes(&compiled, kernel);
-    if (error == cudaSuccess && compiled.ptxVersion < 90) return 0;
+    if (error == cudaSuccess && compiled.ptxVersion < 90) return cudaSuccess;
     const Setting one(plan, 1, nullptr);
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &one.config);
   } else if (error == cudaSuccess) {
@@ -68,15 +81,16 @@ int64_t slices_at_once(const void* kernel, const Plan& plan, int device) {
                                                           size_t(plan.shared));
     count = count * attribute(cudaDevAttrMultiProcessorCount, device) / plan.members;
   }
-  if (error == cudaSuccess) return count;
-  cudaGetLastError();  // the refusal is the answer, and not to be found by the next who asks
-  return 0;
+  if (error == cudaSuccess)
+    *slices = count;
+  else
+    cudaGetLastError();  // not to be found by the next who asks
+  return refuses(error) ? cudaSuccess : error;
 }
 
-cudaError_t launch_all(const void* kernel, Sequence& s, void* arguments, int device, void* stream) {
+cudaError_t launch_all(const void* kernel, Sequence& s, void* arguments, void* stream) {
   const Plan& plan = s.plan;
   const int64_t slices = (s.B + kSliceRows - 1) / kSliceRows, jobs = slices * s.D;
-  if (const cudaError_t error = allow(kernel, plan)) return error;
   if (plan.skeleton == Skeleton::block) {
     Setting setting(plan, s.D, stream);
     setting.config.gridDim.x = unsigned(slices);
@@ -108,8 +122,7 @@ const char* launch(bool backward, Mode mode, Type type, Call call, int device, v
   cudaError_t error = kernel ? cudaSuccess : cudaErrorInvalidValue;
   // This library has a CUDA runtime of its own, which the caller's guard may not have told.
   if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess && call.s.B > 0)
-    error = launch_all(kernel, call.s, &call, device, stream);
+  if (error == cudaSuccess && call.s.B > 0) error = launch_all(kernel, call.s, &call, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -133,18 +146,22 @@ const char* launch_backward(Mode mode, Type type, const BackwardCall& p, int dev
   return launch(true, mode, type, p, device, stream);
 }
 
-bool choose_plan(Mode mode, Type type, int64_t H, bool backward, int device, Plan* plan,
-                 int64_t* slices) {
+const char* choose_plan(Mode mode, Type type, int64_t H, bool backward, int device, Plan* plan,
+                        int64_t* slices) {
   int before = 0;
-  if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return false;
+  *slices = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
   const Card card = card_of(device);
-  bool found = false;
-  for (int i = 0; !found && candidate(card, mode, type, H, backward, i, plan); ++i) {
+  for (int i = 0; *slices == 0 && candidate(card, mode, type, H, backward, i, plan); ++i) {
     const void* kernel = kernel_of(plan->skeleton, mode, type, backward);
-    *slices = slices_at_once(kernel, *plan, device);
-    found = *slices > 0;
+    error = slices_at_once(kernel, *plan, device, slices);
+    if (error != cudaSuccess) break;
   }
-  return cudaSetDevice(before) == cudaSuccess && found;
+  const cudaError_t back = cudaSetDevice(before);
+  if (error == cudaSuccess) error = back;
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace seqkern::cuda

@@ -5,9 +5,10 @@
 namespace seqkern::cuda {
 
 // The first of the candidates of which `device` says that it can run all blocks of a slice at the
-// same time, and how many slices it runs at once. False where there is none.
-bool choose_plan(Mode mode, Type type, int64_t H, bool backward, int device, Plan* plan,
-                 int64_t* slices);
+// same time, how many slices it runs at once, 0 where there is none, and what its kernel needs
+// allowed. Null, or what went wrong, which is no answer.
+const char* choose_plan(Mode mode, Type type, int64_t H, bool backward, int device, Plan* plan,
+                        int64_t* slices);
 
 // Queue all steps on `stream` (a cudaStream_t) of `device`, which is to be the current one. Sizes
 // and pointers are the caller's to check, `s.plan` and `s.slices` are choose_plan's of the same

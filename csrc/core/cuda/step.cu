@@ -51,6 +51,22 @@ const char* launch(Mode mode, Type type, Call p, int device, void* stream) {
 
 }  // namespace
 
+const char* has_steps(int device, bool* found) {
+  int before = 0;
+  cudaFuncAttributes compiled{};
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  error = cudaFuncGetAttributes(&compiled, kernel<Mode::lstm, float, 1>(StepForward{}));
+  *found = error == cudaSuccess;
+  if (!*found) cudaGetLastError();  // not to be found by the next who asks
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+    error = cudaSuccess;
+  const cudaError_t back = cudaSetDevice(before);
+  if (error == cudaSuccess) error = back;
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 const char* launch_step(Mode mode, Type type, const StepForward& p, int device, void* stream) {
   return launch(mode, type, p, device, stream);
 }

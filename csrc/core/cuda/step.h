@@ -57,6 +57,9 @@ inline bool whole_words(const StepBackward& p, int64_t size) {
   return all % 16 == 0;
 }
 
+// Whether the kernels were compiled for a device. Null, or what went wrong, which is no answer.
+const char* has_steps(int device, bool* found);
+
 // Queue one step on `stream` (a cudaStream_t) of `device`, which is to be the current one. Sizes
 // and pointers are the caller's to check. Null, or what went wrong.
 const char* launch_step(Mode mode, Type type, const StepForward& p, int device, void* stream);
