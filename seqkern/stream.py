@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import RNNBase
 
+from seqkern.nn.rnn import refresh_weights
+
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -46,6 +48,7 @@ class Stream:
             raise ValueError("Stream: layer must run in one direction, got a bidirectional one")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"Stream: batch_size must be at least 1, got {batch_size}")
+        refresh_weights(layer)
         weights = [[w.detach().contiguous() for w in layer] for layer in layer.all_weights]
         first = weights[0][0]
         if first.dtype not in _DTYPES:
@@ -63,11 +66,13 @@ class Stream:
         self._dtype = first.dtype
         lead = (rows,) if self._batched else ()
         self._shape = (*lead, layer.input_size)
-        self._h = torch.zeros(count, rows, outputs, dtype=first.dtype)
-        c = torch.zeros(count, rows, cells, dtype=first.dtype)
+        # Tensors made in inference mode could not be reset outside of it.
+        with torch.inference_mode(False):
+            self._h = torch.zeros(count, rows, outputs, dtype=first.dtype, device="cpu")
+            c = torch.zeros(count, rows, cells, dtype=first.dtype, device="cpu")
+            y = torch.zeros(count, rows, outputs, dtype=first.dtype, device="cpu")
+            self._y = y[-1].view(*lead, outputs)
         self._c = c if cells else None
-        y = torch.zeros(count, rows, outputs, dtype=first.dtype)
-        self._y = y[-1].view(*lead, outputs)
         # NumPy has no bfloat16.
         self._y_numpy = None if first.dtype == torch.bfloat16 else self._y.numpy()
         self._numpy_dtype = None if self._y_numpy is None else self._y_numpy.dtype
@@ -91,7 +96,8 @@ class Stream:
 
         Raises:
             TypeError: x is neither an array nor a tensor, or of another dtype.
-            ValueError: x has another shape, is not contiguous, or not on the CPU.
+            ValueError: x has another shape, is not contiguous, not on the CPU, or a view that
+                negates (`Tensor.is_neg`).
         """
         if isinstance(x, self._array_type):
             if x.dtype == self._numpy_dtype and x.shape == self._shape and x.flags.c_contiguous:
@@ -102,6 +108,7 @@ class Stream:
             and x.shape == self._shape
             and x.is_contiguous()
             and x.device.type == "cpu"
+            and not x.is_neg()
         ):
             self._engine.step_address(x.data_ptr())
             return self._y
@@ -118,6 +125,8 @@ class Stream:
             return ValueError(f"Stream.step: x must be {self._shape}, got {tuple(x.shape)}")
         if isinstance(x, Tensor) and x.device.type != "cpu":
             return ValueError(f"Stream.step: x must be on the CPU, got {x.device}")
+        if isinstance(x, Tensor) and x.is_neg():
+            return ValueError("Stream.step: x must be no negated view, got one; see resolve_neg()")
         return ValueError("Stream.step: x must be contiguous")
 
     @property
@@ -133,8 +142,9 @@ class Stream:
         """Begins a new sequence, from zeros or from a state as `state` returns it.
 
         Raises:
-            TypeError: `state` is a tuple and the layer no LSTM, or the other way round.
-            ValueError: a tensor of it has the wrong shape.
+            TypeError: `state` is a tuple and the layer no LSTM, or the other way round, or what
+                should be a tensor is none.
+            ValueError: the tuple is no pair, or a tensor has the wrong shape.
         """
         own = [self._h] if self._c is None else [self._h, self._c]
         if state is None:
@@ -145,13 +155,20 @@ class Stream:
             expected = "h" if self._c is None else "a tuple (h, c)"
             raise TypeError(f"Stream.reset: state must be {expected}, got {type(state).__name__}")
         given = state if isinstance(state, tuple) else (state,)
+        if len(given) != len(own):
+            raise ValueError(
+                f"Stream.reset: state must be a tuple (h, c), got one of {len(given)} tensors"
+            )
         views = [t if self._batched else t[:, 0] for t in own]
         for name, new, old in zip("hc", given, views, strict=False):
+            if not isinstance(new, Tensor):
+                raise TypeError(f"Stream.reset: {name} must be a Tensor, got {type(new).__name__}")
             if new.shape != old.shape:
                 expected, came = tuple(old.shape), tuple(new.shape)
                 raise ValueError(f"Stream.reset: {name} must be {expected}, got {came}")
-        for new, old in zip(given, views, strict=True):
-            old.copy_(new)
+        with torch.no_grad():  # or the stream would hold the graph of whatever made the state
+            for new, old in zip(given, views, strict=True):
+                old.copy_(new)
 
 
 def _engine():

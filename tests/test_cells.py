@@ -132,6 +132,22 @@ def test_wrong_call_raises_the_type_that_torch_raises(name: str, case: str) -> N
     assert kinds[1] is kinds[0]
 
 
+@pytest.mark.parametrize("hx", [(None, torch.ones(2, 4)), (torch.ones(2, 4), None), (None, None)])
+def test_a_pair_holds_two_tensors(hx: Any) -> None:
+    with pytest.raises(TypeError, match=r"LSTMCell: h and c of hx must be Tensors, got .*NoneType"):
+        seqkern.nn.LSTMCell(3, 4)(torch.randn(2, 3), hx)
+
+
+@pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
+@pytest.mark.parametrize("name", CELLS)
+def test_one_bias_alone(name: str, missing: str) -> None:
+    theirs, ours = pair(name, 3, 4)
+    x, hx = torch.randn(2, 3), state(name, 2, 4)
+    for cell in (theirs, ours):
+        cell.register_parameter(missing, None)
+    torch.testing.assert_close(run_with_gradients(ours, x, hx), run_with_gradients(theirs, x, hx))
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_list_for_a_pair_and_isinstance(name: str) -> None:
     theirs, ours = pair(name, 3, 4)

@@ -254,6 +254,23 @@ def test_export() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_program_exported_without_gradients_has_them() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, *inputs: Tensor):
+            return case.op(*inputs)
+
+    case = decoder_case("GRU")
+    inputs = case.tensors(torch.float64)
+    with torch.no_grad():
+        exported = torch.export.export(Module(), inputs).module()
+    leaves = [t.requires_grad_() for t in inputs]
+    ours, expected = (
+        torch.autograd.grad(sum(t.sin().sum() for t in run(*leaves)), leaves)
+        for run in (exported, case.op)
+    )
+    torch.testing.assert_close(ours, expected)
+
+
 def call(**changed: Any):
     g = torch.Generator().manual_seed(0)
 
@@ -314,6 +331,8 @@ def test_the_call_that_is_spoilt_below_is_right() -> None:
         ({"cell_at_1": torch.ones(15, 4)}, ValueError, r"w_hh must be .* = \(15, 5\)"),
         ({"cell_at_1": torch.ones(15, 5).half()}, ValueError, "w_hh must be torch.float32"),
         ({"cell_at_2": torch.ones(14)}, ValueError, r"b_ih must be .* = \(15,\)"),
+        ({"cell_at_2": torch.ones(1)}, ValueError, r"b_ih must be .* = \(15,\)"),
+        ({"cell_at_2": torch.ones(1, 15)}, ValueError, r"b_ih must be .* = \(15,\)"),
         ({"cell_at_3": torch.ones(14)}, ValueError, r"b_hh must be .* = \(15,\)"),
         ({"k_lens": torch.ones(3).int()}, ValueError, r"k_lens must be \(B\) = \(2,\)"),
         ({"k_lens": torch.ones(2)}, ValueError, "k_lens must be torch.int32"),

@@ -109,3 +109,53 @@ def test_parameters_are_those_of_cell_and_attention() -> None:
 def test_what_does_not_fit_is_refused(cell, attention, error, message) -> None:
     with pytest.raises(error, match=f"AttentionDecoder: {message}"):
         AttentionDecoder(cell, attention)
+
+
+@every_attention
+def test_no_sources_and_no_rows(attention: str) -> None:
+    decoder = module("lstm", attention)
+    for B, K in ((0, 2), (2, 0)):
+        x, state, key, value, _ = inputs("lstm", B, K)
+        s, contexts, weights, last = decoder(x, state, key, value)
+        assert (s.shape, contexts.shape, weights.shape) == ((0, 4, H), (0, 4, C), (0, 4, 5))
+        assert last[1].shape == (0, H)
+
+
+@every_attention
+def test_a_list_for_a_pair(attention: str) -> None:
+    decoder = module("lstm", attention)
+    x, state, key, value, _ = inputs("lstm")
+    expected = decoder(x, state, key, value)
+    torch.testing.assert_close(decoder(x, list(state), key, value), expected, rtol=0, atol=0)
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+@every_attention
+@pytest.mark.parametrize(
+    ("cell", "changed", "error", "message"),
+    [
+        ("gru", {"x": zeros(6, 0, I)}, ValueError, "x must be .* T >= 1"),
+        ("gru", {"x": zeros(5, 4, I)}, ValueError, "x must be .* N = 6"),
+        ("gru", {"x": zeros(6, I)}, ValueError, r"x must be \(N, T, I\)"),
+        ("gru", {"x": zeros(6, 4, I + 1)}, ValueError, "I [+] C|features of the cell's input"),
+        ("gru", {"x": zeros(6, 4, I).float()}, ValueError, "float32.*float64|float64.*float32"),
+        ("gru", {"x": 1}, TypeError, "x must be a Tensor, got int"),
+        ("gru", {"state": zeros(5, H)}, ValueError, "state must have a multiple of B = 3"),
+        ("gru", {"state": (zeros(6, H),) * 2}, TypeError, "state must be a Tensor, got tuple"),
+        ("gru", {"state": zeros(6, H + 1)}, ValueError, r"must be .* = \("),
+        ("gru", {"key": zeros(3, 5)}, ValueError, r"key must be \(B, Tk, "),
+        ("gru", {"key": None}, TypeError, "key must be a Tensor, got NoneType"),
+        ("gru", {"value": zeros(3, C)}, ValueError, r"value must be \(B, Tk, C\)"),
+        ("lstm", {"state": zeros(6, H)}, TypeError, r"state must be \(s_0, c_0\), got Tensor"),
+        ("lstm", {"state": (zeros(6, H), None)}, TypeError, "must be a Tensor, got NoneType"),
+        ("lstm", {"state": (zeros(6, H), zeros(6, H + 1))}, ValueError, r"\(N, H\) = \(6, 6\)"),
+    ],
+)
+def test_wrong_calls_name_the_argument(cell, attention, changed, error, message) -> None:
+    decoder = module(cell, attention)
+    given = dict(zip(("x", "state", "key", "value"), inputs(cell), strict=False)) | changed
+    with pytest.raises(error, match=f"(AttentionDecoder|attention_decoder): .*{message}"):
+        decoder(**given)

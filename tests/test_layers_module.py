@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import seqkern
 import seqkern.nn
@@ -304,6 +304,42 @@ def test_what_ends_a_snapshot(name: str) -> None:
     assert not stale_after(lambda: copy.deepcopy(ours))
     assert not stale_after(lambda: ours.load_state_dict(ours.state_dict()) and None)
     assert not stale_after(lambda: ours.double() and None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_deep_copy_of_a_parametrized_layer_leaves_the_snapshot_behind(name: str) -> None:
+    module = parametrizations.weight_norm(layer(name, 3, 8), "weight_hh_l0")
+    x = torch.randn(4, 2, 3)
+    module.prepack()
+    with torch.no_grad():
+        clone = copy.deepcopy(module)
+        for parameter in clone.parameters():
+            parameter.mul_(0.5)
+        halved = output(clone, x)
+        assert not torch.allclose(halved, output(module, x))
+        clone.unpack()
+        assert torch.equal(halved, output(clone, x))
+
+
+def prune_half(module: Any, name: str) -> None:
+    prune.random_unstructured(module, name, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "wrap", [prune_half, torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm]
+)
+def test_prepack_takes_weights_that_hooks_recompute_as_they_are(wrap: Any) -> None:
+    ours = layer("GRU", 3, 8).eval()
+    wrap(ours, "weight_hh_l0")
+    x = torch.randn(4, 2, 3)
+    with torch.no_grad():
+        for parameter in ours.parameters():  # as an optimizer and load_state_dict() do
+            parameter.mul_(1.5)
+        ours.prepack()
+        packed = output(ours, x)
+        ours.unpack()
+        assert torch.equal(packed, output(ours, x))
 
 
 # ---- convert ------------------------------------------------------------------------------

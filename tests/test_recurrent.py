@@ -1,8 +1,11 @@
 """What is particular to the recurrent ops: peers, invariances of their bits, transforms, errors."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -261,10 +264,12 @@ def test_functions_and_cells_agree_with_torch() -> None:
             torch.testing.assert_close(y[0], cell)
 
 
-def test_errors_name_the_argument() -> None:
+@pytest.mark.parametrize("context", [nullcontext, forward_ad.dual_level])
+def test_errors_name_the_argument(context) -> None:
     x, h, w_ih, w_hh = (torch.randn(s) for s in ((3, 2, 4), (1, 2, 5), (15, 4), (15, 5)))
     w4, w5 = torch.randn(20, 4), torch.randn(20, 5)
     packed, sizes = torch.randn(5, 4), torch.tensor([2, 2, 1])
+    short = [w_ih, w_hh, torch.randn(1), torch.randn(1)]
     refused = [
         (ValueError, "x must be", lambda: seqkern.gru(x[0], h, [w_ih, w_hh])),
         (ValueError, "at least one step", lambda: seqkern.gru(x[:0], h, [w_ih, w_hh])),
@@ -279,6 +284,7 @@ def test_errors_name_the_argument() -> None:
         (ValueError, "mode must be", lambda: recurrent("CRU", x, h, None, [w_ih, w_hh])),
         (ValueError, "nonlinearity", lambda: seqkern.rnn(x, h, [w_ih], nonlinearity="sin")),
         (ValueError, "h must be", lambda: seqkern.gru_cell(x[0], h, w_ih, w_hh)),
+        (ValueError, r"b_ih must be .* = \(15,\), got \(1,\)", lambda: seqkern.gru(x, h, short)),
         (ValueError, "together", lambda: seqkern.gru_cell(x[0], h[0], w_ih, w_hh, w_ih[:, 0])),
     ]
     for bad in ([2, 3], [2, 2, 0, 1], [2, -1], [2, 2], [3, 2], []):
@@ -294,7 +300,7 @@ def test_errors_name_the_argument() -> None:
         )
     )
     for error, message, call in refused:
-        with pytest.raises(error, match=message):
+        with context(), pytest.raises(error, match=message):
             call()
 
 
@@ -320,6 +326,10 @@ def test_explain() -> None:
     assert str(cell).startswith(f"layer 0: GRU bfloat16 T=1 B=2 I=3 H=5 D=1 on cpu: {kernel}")
     packed = pack_padded_sequence(x, [9, 4], batch_first=True)
     assert "T=ragged B=2" in str(seqkern.explain(layer, packed))
+    with forward_ad.dual_level():
+        assert {e.kernel for e in seqkern.explain(layer, x)} == {"reference"}
+    (meta, _) = seqkern.explain(layer.to("meta"), x.to("meta"))
+    assert (meta.kernel, meta.device) == ("reference", "meta")
     with pytest.raises(TypeError, match="must be recurrent"):
         seqkern.explain(torch.nn.Linear(3, 5), x)
     with pytest.raises(ValueError, match="2D or 3D"):

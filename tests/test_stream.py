@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import seqkern
 
@@ -108,6 +109,38 @@ def test_a_stream_is_a_snapshot():
     assert stream.step(x).abs().max() > 0
 
 
+@pytest.mark.parametrize("make", [torch.nn.GRU, seqkern.nn.GRU])
+def test_the_weights_of_a_pruned_layer_are_those_of_its_next_call(make):
+    layer, x = make(3, 20), torch.randn(4, 3)
+    prune.random_unstructured(layer, "weight_hh_l0", 0.5)
+    with torch.no_grad():
+        layer.weight_hh_l0_orig.mul_(1.5)
+        stream = seqkern.Stream(layer)
+        steps = torch.stack([stream.step(row).clone() for row in x])
+        torch.testing.assert_close(steps, layer(x)[0])
+
+
+def test_where_it_is_made_does_not_matter():
+    with torch.inference_mode():
+        stream = seqkern.Stream(seqkern.nn.LSTM(4, 3))
+        stream.step(torch.ones(4))
+    ones = torch.ones(1, 3)
+    stream.reset((ones, ones))
+    assert torch.equal(stream.state[1], ones)
+    with torch.device("meta"):
+        stream = seqkern.Stream(seqkern.nn.LSTM(4, 3, device="cpu"))
+    assert stream.step(torch.ones(4)).isfinite().all()
+
+
+def test_a_state_brings_no_graph():
+    layer = seqkern.nn.GRU(4, 3)
+    stream = seqkern.Stream(layer)
+    stream.reset(layer(torch.ones(2, 4))[1])
+    assert not stream.state.requires_grad
+    stream.reset()
+    assert not stream.step(torch.ones(4)).requires_grad
+
+
 def test_it_outlives_its_layer():
     stream = seqkern.Stream(seqkern.nn.LSTM(4, 4))
     assert torch.isfinite(stream.step(torch.ones(4))).all()
@@ -123,6 +156,7 @@ def test_it_outlives_its_layer():
         (torch.zeros(8)[::2], ValueError, "contiguous"),
         (np.zeros(8, np.float32)[::2], ValueError, "contiguous"),
         (torch.zeros(4, device="meta"), ValueError, "on the CPU"),
+        (torch._neg_view(torch.ones(4)), ValueError, "no negated view"),
         ([0.0] * 4, TypeError, "array or tensor, got list"),
     ],
 )
@@ -158,4 +192,11 @@ def test_a_wrong_state_is_refused():
     with pytest.raises(TypeError, match="tuple"):
         lstm.reset(torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"c must be \(1, 3\), got \(1, 4\)"):
-        lstm.reset((torch.zeros(1, 3), torch.zeros(1, 4)))
+        lstm.reset((torch.ones(1, 3), torch.zeros(1, 4)))
+    with pytest.raises(ValueError, match="got one of 1 tensors"):
+        lstm.reset((torch.ones(1, 3),))
+    with pytest.raises(ValueError, match="got one of 3 tensors"):
+        lstm.reset((torch.ones(1, 3),) * 3)
+    with pytest.raises(TypeError, match="c must be a Tensor, got NoneType"):
+        lstm.reset((torch.ones(1, 3), None))
+    assert not lstm.state[0].any()

@@ -99,6 +99,24 @@ def test_export(name: str) -> None:
         torch.testing.assert_close(flat(program.module()(x)), flat(theirs(x)))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell"])
+def test_an_exported_program_has_gradients_whatever_the_grad_mode_was(
+    name: str, frozen: bool
+) -> None:
+    theirs, ours = build(name, 3, 4)
+    before = torch.nn.Linear(3, 3, dtype=F64)
+    x = make_input(name)
+    if name in LAYERS:
+        ours.prepack()
+    expected = gradients(torch.nn.Sequential(before, theirs), x)
+    model = torch.nn.Sequential(before, ours).requires_grad_(not frozen)
+    # Neither the input nor a frozen layer asks for a gradient when the graph is taken.
+    with torch.set_grad_enabled(frozen):
+        program = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(gradients(program.requires_grad_(), x), expected)
+
+
 # ---- torch.func ---------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """RNNCell, LSTMCell and GRUCell: one time step, ``torch.nn``'s cells on seqkern's ops."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
@@ -42,14 +44,18 @@ def _check_dim(cell: RNNCellBase, name: str, tensor: Tensor) -> None:
 
 
 def _live_weights(cell: RNNCellBase) -> list[Tensor]:
-    """The weights by name as they are now; a missing bias is left out."""
-    parameters = cell._parameters
+    """The weights by name as they are now; biases are both there or both left out."""
+    parameters: Any = cell._parameters
     try:
         # Thrice as fast as getattr, which reaches a parameter only after two failed lookups.
-        weights = [parameters[name] for name in _WEIGHTS]
+        w_ih, w_hh, b_ih, b_hh = [parameters[name] for name in _WEIGHTS]
     except KeyError:
-        weights = [getattr(cell, name) for name in _WEIGHTS]
-    return [weight for weight in weights if weight is not None]
+        w_ih, w_hh, b_ih, b_hh = [getattr(cell, name) for name in _WEIGHTS]
+    if b_ih is None and b_hh is None:
+        return [w_ih, w_hh]
+    # torch.nn's cells take either bias alone, when the other was registered as None.
+    b_ih = torch.zeros_like(b_hh) if b_ih is None else b_ih
+    return [w_ih, w_hh, b_ih, torch.zeros_like(b_ih) if b_hh is None else b_hh]
 
 
 def _check_input(cell: RNNCellBase, x: Tensor, weight: Tensor) -> None:
@@ -108,8 +114,8 @@ class RNNCell(torch.nn.RNNCell):
 
     Parameters: ``weight_ih`` (H, I), ``weight_hh`` (H, H), ``bias_ih``, ``bias_hh`` (H,).
 
-    Other than ``torch.nn.RNNCell``: ``torch.jit.script`` does not take it, ``torch.compile``
-    and ``torch.export`` do.
+    Other than ``torch.nn.RNNCell``: ``torch.compile`` and ``torch.export`` take it,
+    ``torch.jit.script`` does not, nor does ``torch.jit.trace`` where a gradient is needed.
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -151,7 +157,8 @@ class LSTMCell(torch.nn.LSTMCell):
     Parameters: ``weight_ih`` (4H, I), ``weight_hh`` (4H, H), ``bias_ih``, ``bias_hh`` (4H,).
 
     Other than ``torch.nn.LSTMCell``: under autocast it computes and returns the autocast dtype;
-    ``torch.jit.script`` does not take it, ``torch.compile`` and ``torch.export`` do.
+    ``torch.compile`` and ``torch.export`` take it, ``torch.jit.script`` does not, nor does
+    ``torch.jit.trace`` where a gradient is needed.
     """
 
     def forward(
@@ -160,7 +167,7 @@ class LSTMCell(torch.nn.LSTMCell):
         """One step.
 
         Raises:
-            TypeError: ``hx`` is one tensor.
+            TypeError: ``hx`` is one tensor, or h or c is no tensor.
             ValueError: ``input``, h or c is neither 1D nor 2D.
             RuntimeError: a size, dtype or device does not match, or ``hx`` is no pair.
         """
@@ -171,6 +178,9 @@ class LSTMCell(torch.nn.LSTMCell):
             if len(hx) != 2:
                 raise RuntimeError(f"LSTMCell: hx must be a pair (h, c), got {len(hx)} tensors")
             h, c = hx
+            if not (isinstance(h, Tensor) and isinstance(c, Tensor)):
+                kinds = f"{type(h).__name__} and {type(c).__name__}"
+                raise TypeError(f"LSTMCell: h and c of hx must be Tensors, got {kinds}")
         h, c = _step(self, "LSTM", input, h, c)
         return h, c
 
@@ -196,7 +206,8 @@ class GRUCell(torch.nn.GRUCell):
     Parameters: ``weight_ih`` (3H, I), ``weight_hh`` (3H, H), ``bias_ih``, ``bias_hh`` (3H,).
 
     Other than ``torch.nn.GRUCell``: under autocast it computes and returns the autocast dtype;
-    ``torch.jit.script`` does not take it, ``torch.compile`` and ``torch.export`` do.
+    ``torch.compile`` and ``torch.export`` take it, ``torch.jit.script`` does not, nor does
+    ``torch.jit.trace`` where a gradient is needed.
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from seqkern.nn.additive import AdditiveAttention, DotAttention, GeneralAttention
+from seqkern.nn.cells import autocast_enabled
+from seqkern.ops._checks import check_like, check_shape, check_tensor
+from seqkern.ops._decoder_checks import check_rank, check_sequences
 from seqkern.ops.additive import normalized
 from seqkern.ops.decoder import attention_decoder
 
@@ -82,7 +85,7 @@ class AttentionDecoder(nn.Module):
         """
         value = key if value is None else value
         attend, cell = self.attention, self.cell
-        projected = attend.u(key) if u_key is None else u_key
+        projected = self._projected(key) if u_key is None else u_key
         if isinstance(attend, AdditiveAttention):
             weights = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
             v = attend.v if attend.g is None else normalized(attend.v, attend.g)
@@ -96,14 +99,16 @@ class AttentionDecoder(nn.Module):
                 mode=self._mode(),
                 k_lens=k_lens,
             )
-        steps = []
+        s, c_0 = self._checked_state(x, state, key, value)
+        state = s if c_0 is None else (s, c_0)
+        B, steps = key.size(0), []
         for x_i in x.unbind(1):
-            s = state[0] if isinstance(state, tuple) else state
-            query = s.unflatten(0, (key.size(0), -1))
+            query = s.reshape(B, s.size(0) // max(B, 1), s.size(1))
             c, a = attend(query, key, value, k_lens=k_lens, u_key=projected, need_weights=True)
             c = c.flatten(0, 1)
             state = cell(torch.cat([x_i, c], -1), state)
-            steps.append((state[0] if isinstance(state, tuple) else state, c, a.flatten(0, 1)))
+            s = state[0] if isinstance(state, tuple) else state
+            steps.append((s, c, a.flatten(0, 1)))
         s, contexts, weights = (torch.stack(t, 1) for t in zip(*steps, strict=True))
         return s, contexts, weights, state
 
@@ -123,6 +128,38 @@ class AttentionDecoder(nn.Module):
             x.unsqueeze(1), state, key, value, k_lens=k_lens, u_key=u_key
         )
         return state, contexts.squeeze(1), weights.squeeze(1)
+
+    def _projected(self, key: Tensor) -> Tensor:
+        check_rank("AttentionDecoder", "key", "B, Tk, key_size", key, 3)
+        size = self.attention.key_size
+        if size not in (None, key.size(2)):
+            raise ValueError(
+                f"AttentionDecoder: key must be (B, Tk, {size}) by attention, got "
+                f"{tuple(key.shape)}"
+            )
+        return self.attention.u(key)
+
+    def _checked_state(
+        self, x: Tensor, state: State, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """s_0 and c_0, which fit to the other arguments."""
+        op, cell = "AttentionDecoder", self.cell
+        s_0, c_0 = check_sequences(op, x, state, key, value, self._mode())
+        states = [s_0]
+        if isinstance(cell, nn.LSTMCell):
+            check_tensor(op, "c of state", c_0)
+            states.append(c_0)
+        for t in states:
+            check_shape(op, "state", "N, H", t, (x.size(0), cell.hidden_size))
+        if x.size(2) + value.size(2) != cell.input_size:
+            raise ValueError(
+                f"{op}: x and value must have the {cell.input_size} features of the cell's input "
+                f"together, got {x.size(2)} and {value.size(2)}"
+            )
+        if not autocast_enabled(x):
+            for name, t in (*(("state", t) for t in states), ("key", key), ("value", value)):
+                check_like(op, name, t, x)
+        return s_0, c_0
 
     def _mode(self) -> str:
         if isinstance(self.cell, nn.RNNCell):

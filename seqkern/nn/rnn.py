@@ -1,11 +1,14 @@
 """RNN, LSTM and GRU layers: ``torch.nn``'s parameters and interface on seqkern's ops."""
 
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from seqkern.nn.cells import autocast_enabled
 from seqkern.ops.recurrent import has_prepacked_kernel, prepacked_op, recurrent, unobserved
@@ -18,6 +21,29 @@ def _as_hx(states: tuple[Tensor, ...]) -> Any:
     return states if len(states) == 2 else states[0]
 
 
+def refresh_weights(layer: torch.nn.RNNBase) -> None:
+    """Recompute the weights that a layer otherwise recomputes in a pre-hook of every call: pruned
+    ones, and those of the norms of ``torch.nn.utils`` that are no parametrizations."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
+            hook(layer, ())
+
+
+class _Snapshot(NamedTuple):
+    """What ``prepack()`` took. Its own copy is None, so that however a layer is copied or pickled,
+    the copy begins without.
+
+    layers: the packed weights of every layer.
+    direct: of a single layer what `prepacked_op` reads, where it has a kernel.
+    """
+
+    layers: list[list[Tensor]]
+    direct: Tensor | None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 class _Recurrent(torch.nn.RNNBase):
     """What the three layers share: everything but the constructor.
 
@@ -26,10 +52,9 @@ class _Recurrent(torch.nn.RNNBase):
     refuses every instance of those three classes.
     """
 
-    # Class attributes, so that a module whose class is changed to this one has them too.
-    # What prepack() took of every layer, and of a single layer what `prepacked_op` reads.
-    _packed: list[list[Tensor]] | None = None
-    _direct: Tensor | None = None
+    # A class attribute, so that a module whose class is changed to this one has it too. It is a
+    # _Snapshot or None.
+    _packed: Any = None
 
     # RNNBase caches the weights in this list. A cache is stale under parametrizations and
     # torch.func.functional_call, and holds computed tensors, which deepcopy refuses.
@@ -53,21 +78,23 @@ class _Recurrent(torch.nn.RNNBase):
         It is no part of ``state_dict()``, is left behind by pickle and deepcopy, and ends with
         ``load_state_dict()`` and with everything that moves or converts the module (``to``,
         ``double``, ``share_memory``). It has the weights' dtype: under autocast to another one
-        a call without gradient raises RuntimeError.
+        a call without gradient raises RuntimeError. A graph that ``torch.export`` takes has the
+        weights and no snapshot.
         """
+        refresh_weights(self)
         weights = [weight.detach() for weight in self._live_weights()]
         n = len(weights) // self.num_layers
         D = 2 if self.bidirectional else 1
-        self._packed = [
+        layers = [
             torch.ops.seqkern.recurrent_pack(weights[i * n : (i + 1) * n], self.mode, D)
             for i in range(self.num_layers)
         ]
-        if self.num_layers == 1 and has_prepacked_kernel(weights[0].device.type):
-            self._direct = self._packed[0][0]
+        is_direct = self.num_layers == 1 and has_prepacked_kernel(weights[0].device.type)
+        self._packed = _Snapshot(layers, layers[0][0] if is_direct else None)
 
     def unpack(self) -> None:
         """Drop the snapshot of ``prepack()``, if there is one: calls read the weights again."""
-        self._packed = self._direct = None
+        self._packed = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.unpack()
@@ -76,12 +103,6 @@ class _Recurrent(torch.nn.RNNBase):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
         super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        state.pop("_packed", None)
-        state.pop("_direct", None)
-        return state
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         """Run the layer; the shapes are in the docstring of the class.
@@ -104,7 +125,11 @@ class _Recurrent(torch.nn.RNNBase):
     def _is_direct(self, input: Tensor | PackedSequence) -> TypeGuard[Tensor]:
         """Whether one call of `prepacked_op` computes this input, if its sizes are right."""
         return (
-            self._direct is not None and type(input) is Tensor and input.dim() == 3 and unobserved()
+            self._packed is not None
+            and self._packed.direct is not None
+            and type(input) is Tensor
+            and input.dim() == 3
+            and unobserved()
         )
 
     def _forward_direct(self, input: Tensor, hx: Any) -> Any:
@@ -119,7 +144,7 @@ class _Recurrent(torch.nn.RNNBase):
                 return None
         x = input.transpose(0, 1) if self.batch_first else input
         try:
-            y, h_n, c_n = prepacked_op(x, h_0, c_0, self._direct)
+            y, h_n, c_n = prepacked_op(x, h_0, c_0, self._packed.direct)
         except RuntimeError:  # forward() says it in torch.nn's words
             return None
         y = y.transpose(0, 1) if self.batch_first else y
@@ -177,7 +202,7 @@ class _Recurrent(torch.nn.RNNBase):
             states[1] if len(states) == 2 else None,
             weights,
             batch_sizes=batch_sizes,
-            packed=None if self._packed is None else self._packed[0],
+            packed=None if self._packed is None else self._packed.layers[0],
         )
         return y, (h_n,) if c_n is None else (h_n, c_n)
 
@@ -202,7 +227,7 @@ class _Recurrent(torch.nn.RNNBase):
                 first[1] if len(first) == 2 else None,
                 weights[layer * n : (layer + 1) * n],
                 batch_sizes=batch_sizes,
-                packed=None if self._packed is None else self._packed[layer],
+                packed=None if self._packed is None else self._packed.layers[layer],
             )
             last.append((h_n,) if c_n is None else (h_n, c_n))
         return x, tuple(torch.cat(layers) for layers in zip(*last, strict=True))
@@ -294,7 +319,8 @@ class RNN(_Recurrent):
 
     Other than ``torch.nn.RNN``: it is a ``torch.nn.RNNBase`` but no subclass of ``torch.nn.RNN``
     (``torch.compile`` refuses those); under autocast it computes and returns the autocast dtype;
-    ``torch.jit.script`` does not take it, ``torch.compile`` and ``torch.export`` do.
+    ``torch.compile`` and ``torch.export`` take it, ``torch.jit.script`` does not, nor does
+    ``torch.jit.trace`` where a gradient is needed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -350,7 +376,8 @@ class LSTM(_Recurrent):
 
     Other than ``torch.nn.LSTM``: it is a ``torch.nn.RNNBase`` but no subclass of ``torch.nn.LSTM``
     (``torch.compile`` refuses those); under autocast it computes and returns the autocast dtype;
-    ``torch.jit.script`` does not take it, ``torch.compile`` and ``torch.export`` do.
+    ``torch.compile`` and ``torch.export`` take it, ``torch.jit.script`` does not, nor does
+    ``torch.jit.trace`` where a gradient is needed.
     """
 
     # Methods of torch.nn.LSTM that a subclass may call: RNNBase's, with a pair (h, c) for h, which
@@ -402,7 +429,8 @@ class GRU(_Recurrent):
 
     Other than ``torch.nn.GRU``: it is a ``torch.nn.RNNBase`` but no subclass of ``torch.nn.GRU``
     (``torch.compile`` refuses those); under autocast it computes and returns the autocast dtype;
-    ``torch.jit.script`` does not take it, ``torch.compile`` and ``torch.export`` do.
+    ``torch.compile`` and ``torch.export`` take it, ``torch.jit.script`` does not, nor does
+    ``torch.jit.trace`` where a gradient is needed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

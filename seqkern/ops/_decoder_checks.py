@@ -117,19 +117,15 @@ def check_decoder_backward(op: str, grads: tuple, saved: Saved, *arguments: Any)
     _check(op, "queries", "of the forward", saved.queries, (N, T, A), a.key, acc)
 
 
-def check_public(
-    x: Any, state: Any, key: Any, value: Any, attention: Any, cell: Any, mode: Any, k_lens: Any
-) -> None:
-    """The arguments of seqkern.attention_decoder, by the names that it gives them.
+def check_sequences(
+    op: str, x: Any, state: Any, key: Any, value: Any, mode: str
+) -> tuple[Tensor, Any]:
+    """The ranks of what a decoder reads, and the rows that they share. Returns s_0 and c_0.
 
     Raises:
         TypeError: an argument is of the wrong type, or `state` does not suit the mode.
-        ValueError: a size, dtype or device does not match.
+        ValueError: a size does not match.
     """
-    op = "attention_decoder"
-    check_mode(op, mode)
-    w_q, b_q, v = _unpacked(op, "attention", attention, "w_q, b_q, v")
-    w_ih, w_hh, b_ih, b_hh = _unpacked(op, "cell", cell, "w_ih, w_hh, b_ih, b_hh")
     s_0, c_0 = _unpacked(op, "state", state, "s_0, c_0") if mode == "LSTM" else (state, None)
     for name, symbols, t, rank in (
         ("x", "N, T, I", x, 3),
@@ -143,6 +139,23 @@ def check_public(
         raise ValueError(
             f"{op}: x must be (N, T, I) with N = {s_0.size(0)} and T >= 1, got {tuple(x.shape)}"
         )
+    return s_0, c_0
+
+
+def check_public(
+    x: Any, state: Any, key: Any, value: Any, attention: Any, cell: Any, mode: Any, k_lens: Any
+) -> None:
+    """The arguments of seqkern.attention_decoder, by the names that it gives them.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or `state` does not suit the mode.
+        ValueError: a size, dtype or device does not match.
+    """
+    op = "attention_decoder"
+    check_mode(op, mode)
+    w_q, b_q, v = _unpacked(op, "attention", attention, "w_q, b_q, v")
+    w_ih, w_hh, b_ih, b_hh = _unpacked(op, "cell", cell, "w_ih, w_hh, b_ih, b_hh")
+    s_0, c_0 = check_sequences(op, x, state, key, value, mode)
     G, steps = GATES[mode], x.size(1)
     n, features = G * s_0.size(1), x.size(2) + value.size(2)
     _check(op, "x", "N, T, I", x, tuple(x.shape), key, key.dtype)

@@ -35,7 +35,10 @@ class Sizes:
 
 def has_native_kernel(op: str, device: str) -> bool:
     """Whether a kernel other than the reference serves seqkern::`op` on this type of device."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"seqkern::{op}", device.upper())
+    if device == "meta":  # the kernel there is a shape function
+        return False
+    key = torch._C._dispatch_key_for_device(device)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"seqkern::{op}", key)
 
 
 def instructions(choice: Choice, device: str) -> str | None:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.nn import functional as F
 
+from seqkern.ops._checks import check_shape
 from seqkern.ops._decoder_autograd import DERIVED, GRADS, SAVED, Decoder, register
 from seqkern.ops._decoder_checks import (
     check_decoder,
@@ -184,6 +185,8 @@ def attention_decoder(
 
 def _input_gates(x: Tensor, w_x: Tensor, b_ih: Tensor | None) -> Tensor:
     """W_x x_i + b_ih (N, T, G*H) in the accumulation dtype."""
+    if b_ih is not None:  # F.linear would spread a smaller one
+        check_shape("attention_decoder", "b_ih", "G*H", b_ih, (w_x.size(0),))
     acc = accumulation_dtype(x.dtype)
     if x.dtype == acc and not _is_any_autocast_enabled():
         return F.linear(x, w_x, b_ih)
@@ -216,7 +219,9 @@ def _call(args: tuple) -> tuple[Tensor, ...]:
         # torch.compile inside a transform.
         check_decoder("attention_decoder", *args)
         return reference.attention_decoder(*args)[:GRADS]
-    if not recorded(args[i] for i in DERIVED):
+    # A graph that torch.export takes may be trained whatever the grad mode is now, and only the
+    # training op has an Autograd kernel.
+    if not (is_exporting() or recorded(args[i] for i in DERIVED)):
         return _inference_op(*args)
     return (_training_op if compiling else Decoder.apply)(*args)[:GRADS]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkern.ops import _recurrent_block as block
@@ -121,11 +122,13 @@ def _recurrent_choice(
     op: str, mode: str, x: Tensor, dtype: torch.dtype, hidden: int, proj: bool
 ) -> Choice:
     device = x.device.type
+    if forward_ad._current_level >= 0:
+        return Choice("reference", "only PyTorch's own operations carry tangents")
     if not has_native_kernel(op, device):
         return Choice("reference", "no kernel of seqkern is loaded for this device")
     if device != "cuda":
         return Choice("native", "seqkern's own kernel serves every shape")
-    if refusal := block.refusal(dtype, proj):
+    if refusal := block.refusal(dtype, proj, x.get_device()):
         return Choice("reference", refusal)
     return Choice("native", block.reason(mode, dtype, hidden, x.get_device()))
 

@@ -19,7 +19,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from seqkern.ops import _recurrent_block as block
 from seqkern.ops import _recurrent_steps as steps
@@ -62,7 +62,7 @@ _LIB.define("recurrent_pack(Tensor[] weights, str mode, int directions) -> Tenso
 
 def _recurrent(x, batch_sizes, h0, c0, weights, mode):
     check_recurrent("recurrent", mode, x, batch_sizes, h0, c0, weights)
-    if batch_sizes is not None:
+    if batch_sizes is not None and not is_compiling():  # it has no values while it is traced
         check_batch_sizes("recurrent", batch_sizes, x.size(0), h0.size(1))
     return reference.recurrent(x, batch_sizes, h0, c0, weights, mode)
 
@@ -103,7 +103,7 @@ _LIB.impl("recurrent_pack", _recurrent_pack, "CompositeExplicitAutograd")
 
 def _recurrent_cuda(x, batch_sizes, h0, c0, weights, mode, save=True):
     check_recurrent("recurrent", mode, x, batch_sizes, h0, c0, weights)
-    if block.refusal(x.dtype, _has_projection(h0, weights)):
+    if block.refusal(x.dtype, _has_projection(h0, weights), x.get_device()):
         return _recurrent(x, batch_sizes, h0, c0, weights, mode)
     launch, _ = _launches("recurrent", mode, x, batch_sizes, h0)
     return block.forward(launch, x, batch_sizes, h0, c0, weights, mode, save)
@@ -120,7 +120,7 @@ def _recurrent_backward_cuda(
     args = (x, batch_sizes, h0, c0, weights)
     check_recurrent(op, mode, *args)
     check_recurrent_backward(op, mode, x, h0, weights, grads, saved)
-    if block.refusal(x.dtype, _has_projection(h0, weights)):
+    if block.refusal(x.dtype, _has_projection(h0, weights), x.get_device()):
         return _recurrent_backward(*grads, *args, *saved, mode, need_dx, need_dw)
     _, launch = _launches(op, mode, x, batch_sizes, h0)
     return block.backward(launch, grads, *args, saved, mode, need_dx, need_dw)
@@ -219,7 +219,7 @@ def recurrent(
             [, w_hr (P, H)], the order of torch.nn.
         batch_sizes: (T,) int64 on the CPU, as in torch.nn.utils.rnn.PackedSequence.
         packed: what seqkern::recurrent_pack returned for these weights, to be read in their
-            place where no gradient is needed.
+            place where no gradient is needed; not by a graph that torch.export takes.
 
     Returns:
         y (T, B, D*P) or (N, D*P); h_n (D, B, P); c_n (D, B, H) for LSTM, else None.
@@ -266,14 +266,16 @@ def needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tenso
     if forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():
-        return False
+        # A graph outlives the grad mode that it was taken in. Only the training op has an Autograd
+        # kernel: the inference op would cut the tape where the graph is trained.
+        return is_exporting()
     if x.requires_grad or h0.requires_grad or (c0 is not None and c0.requires_grad):
         return True
     for w in weights:
         if w.requires_grad:
             return True
     # Inside torch.func transforms the outermost tensor does not tell what the inner ones need.
-    return _are_functorch_transforms_active()
+    return _are_functorch_transforms_active() or is_exporting()
 
 
 def unobserved() -> bool:
@@ -299,5 +301,5 @@ def _recorded() -> Callable[..., tuple[Tensor, ...]]:
     if forward_ad._current_level >= 0 or (compiling and transformed):
         # Only plain PyTorch operations carry tangents, and only they can be traced by
         # torch.compile inside a transform.
-        return reference.recurrent
+        return _recurrent
     return _training_op if compiling else training
