@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .additive_table import MAX_WIDTH, Config, choose
 from .additive_tile import Tokens, Vector, tokens_kernel
-from .attention_arguments import DTYPES, MAX_LENGTH, precision, refuse
+from .attention_arguments import DTYPES, MAX_LENGTH, dense, precision, refuse
 from .tile import Plane, View
 
 # Arguments of the kernels that change from call to call: a kernel compiled for one value of them
@@ -44,7 +44,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of seqkern::additive_attention, checked."""
+    """The arguments of seqkern::additive_attention, checked; k_lens is contiguous."""
 
     query: Tensor
     key: Tensor
@@ -83,8 +83,8 @@ class Arguments:
         """What the table has for this call of a kernel, on the active device."""
         return choose(kernel, self.query.dtype)
 
-    def build(self, config: Config, *more: Tensor) -> Build:
-        """What to compile a kernel for; `more` are the tensors that it addresses besides."""
+    def build(self, config: Config, *more: Tensor, planes: tuple[Plane | None, ...] = ()) -> Build:
+        """What to compile a kernel for; `more` and `planes` are what it addresses besides."""
         return Build(
             config.block_m,
             config.block_n,
@@ -92,8 +92,8 @@ class Arguments:
             config.block_n // 2,
             config.tanh,
             config.ptx,
-            self.needs_int64(*more),
-            precision(self.query.dtype),
+            self.needs_int64(*more, planes=planes),
+            precision(self.query),
         )
 
     def common(self) -> dict[str, Any]:
@@ -122,13 +122,13 @@ class Arguments:
             "v": v,
         }
 
-    def needs_int64(self, *more: Tensor) -> bool:
+    def needs_int64(self, *more: Tensor, planes: tuple[Plane | None, ...] = ()) -> bool:
         """Whether an offset within one element of the batch can pass 31 bits."""
         rows = [(self.Tq, self.query), (self.Tk, self.key), (self.Tk, self.value)]
         rows += [(max(self.Tq, self.Tk), t) for t in more]
         far = [(n + 128) * t.stride(1) + (t.size(2) + 1024) * t.stride(2) for n, t in rows]
-        planes = (plane(self.mask), plane(self.bias))
-        far += [(self.Tq + 128) * p.i + (self.Tk + 128) * p.j for p in planes if p]
+        all_planes = plane(self.mask), plane(self.bias), *planes
+        far += [(self.Tq + 128) * p.i + (self.Tk + 128) * p.j for p in all_planes if p]
         return max(far) >= 2**31
 
 
@@ -219,7 +219,7 @@ def check(op: str, query, key, value, v, mask, bias, k_lens, scale) -> Arguments
         _check_like(op, "k_lens", k_lens, (B,), (torch.int32,), query)
     if not math.isfinite(scale):
         refuse(op, "scale", "finite", scale)
-    return Arguments(query, key, value, v, mask, bias, k_lens, float(scale))
+    return Arguments(query, key, value, v, mask, bias, dense(k_lens), float(scale))
 
 
 def _check_operand(op: str, name: str, t: Tensor, like: Tensor, rank: int) -> None:

@@ -106,7 +106,7 @@ def additive_attention(
 
     Args:
         query ... need_weights: the op's, in its order.
-        config: sizes of the tiles; None asks the table for the device that is active.
+        config: sizes of the tiles; None asks the table for query's device.
         splits: into how many parts the keys of few queries are split; 0 for a choice.
 
     Returns:
@@ -133,7 +133,7 @@ def additive_attention(
             _attend_tiles(call, o, lse, raw, config)
         if weights.numel():
             weights_kernel[(lse.numel(),)](
-                raw, weights, lse, k_lens, call.Tq, call.Tk, BLOCK=1024, num_warps=4
+                raw, weights, lse, call.k_lens, call.Tq, call.Tk, BLOCK=1024, num_warps=4
             )
     return o, weights, lse
 

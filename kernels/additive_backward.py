@@ -22,7 +22,7 @@ from .additive_gradients import Scores, delta_of, score_gradients
 from .additive_row_gradients import row_gradients
 from .additive_table import Config
 from .additive_tile import add_slopes, load_block, side
-from .attention_arguments import on_device
+from .attention_arguments import dense, on_device
 from .tile import Limits, bounds
 
 
@@ -185,7 +185,7 @@ def additive_attention_backward(
             dbias = torch.zeros(bias.shape, **_like(bias))
         return dquery, dkey, dvalue, dv, dbias
     # Both are small, and have to be dense to be addressed as such.
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    lse, dlse = lse.contiguous(), dense(dlse)
     dquery, dkey, dvalue, dv, dbias = (query.new_empty(0) for _ in range(5))
     with on_device(query):
         of_queries, of_keys = config or call.config("queries"), config or call.config("keys")
@@ -264,7 +264,7 @@ def _launch(
         do=view(do),
         results=Results(*filled, ds),
         n_tiles=n_tiles,
-        C=call.build(config, do),
+        C=call.build(config, do, planes=(scores["dweights"],)),
         KEYS=signs is None,
         NEED_X=gradients[0] is not None,
         NEED_Z=gradients[1] is not None,

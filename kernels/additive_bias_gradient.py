@@ -70,6 +70,7 @@ def bias_gradient(
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     if not dbias.numel():
         return dbias
+    result = plane(dbias)
     full = triton.cdiv(call.Tq, config.block_m), triton.cdiv(call.Tk, config.block_n)
     sums = [n == 1 for n in bias.shape[1:]]
     tiles = [1 if one else many for one, many in zip(sums, full)]
@@ -79,7 +80,7 @@ def bias_gradient(
         **scores,
         value=view(call.value),
         do=view(do),
-        dbias=plane(dbias),
+        dbias=result,
         tiles_i=tiles[0],
         tiles_j=tiles[1],
         repeat_b=call.B if bias.size(0) == 1 else 1,
@@ -87,7 +88,7 @@ def bias_gradient(
         repeat_j=repeats[1],
         SUM_I=sums[0],
         SUM_J=sums[1],
-        C=call.build(config, do),
+        C=call.build(config, do, planes=(result, scores["dweights"])),
         num_warps=config.num_warps,
         num_stages=1,
     )

@@ -116,6 +116,7 @@ def delta_of(
     """lse in base 2 and delta, see delta_kernel; without dweights tokens may be None."""
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     n_tiles = triton.cdiv(call.Tq, config.block_m)
+    weighted = plane(dweights)
     delta_kernel[(call.B * n_tiles,)](
         **call.common(),
         **tokens,
@@ -123,11 +124,11 @@ def delta_of(
         do=view(do),
         lse=lse,
         dlse=dlse,
-        dweights=plane(dweights),
+        dweights=weighted,
         lse2=lse2,
         delta=delta,
         n_tiles=n_tiles,
-        C=call.build(config, o, do),
+        C=call.build(config, o, do, planes=(weighted,)),
         num_warps=config.num_warps,
         num_stages=1,
     )

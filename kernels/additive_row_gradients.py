@@ -110,7 +110,7 @@ def row_gradients(
         BLOCK_N=block_n,
         BLOCK_C=min(64, max(16, power_of_2(call.D) // 2)),
         PTX=config.ptx,
-        I64=call.needs_int64(do),
+        I64=call.needs_int64(do, planes=(scores["dweights"],)),
         num_warps=4,
     )
     dquery = parts[0].sum(1, keepdim=True).to(call.query.dtype)

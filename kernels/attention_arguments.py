@@ -3,12 +3,14 @@ the kernels take them."""
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import _allocation
 
 from .attention_table import Config, choose
 from .tile import Plane, Row, Rule, View
@@ -58,6 +60,7 @@ class Arguments:
     """The arguments of seqkern::attention, checked.
 
     Attributes:
+        q_lens, k_lens, sinks, cu_q, cu_k: contiguous, as the kernels read them.
         B, H, Hkv, Tq, Tk, D, DV: sizes; Tq and Tk are max_q and max_k when packed.
         left, right: the window with causal folded in, None where unbounded.
         top_left: query i stands at key position i.
@@ -156,11 +159,14 @@ class Arguments:
             "k_rows": self.k.size(0) if self.packed else 0,
         }
 
-    def build(self, config: Config, *operands: Tensor) -> Build:
+    def build(
+        self, config: Config, *operands: Tensor, planes: tuple[Plane | None, ...] = ()
+    ) -> Build:
         """What to compile a kernel for.
 
         Args:
             operands: the (B, H, T, D) tensors that it reads or writes besides q, k and v.
+            planes: what it reads or writes besides mask and bias.
         """
         return Build(
             self.D,
@@ -172,9 +178,9 @@ class Arguments:
             config.num_stages,
             self.top_left,
             self.raw,
-            self.needs_int64(*operands),
+            self.needs_int64(*operands, planes=planes),
             config.descriptors and self.descriptors_fit(self.q, self.k, self.v, *operands),
-            precision(self.q.dtype),
+            precision(self.q),
         )
 
     @property
@@ -228,7 +234,7 @@ class Arguments:
 
         return all(fits(t) for t in tensors)
 
-    def needs_int64(self, *more: Tensor) -> bool:
+    def needs_int64(self, *more: Tensor, planes: tuple[Plane | None, ...] = ()) -> bool:
         """Whether an offset within one (batch, head) pair can pass 31 bits."""
         reaches = [
             (self.Tq, self.strides(self.q)),
@@ -237,8 +243,14 @@ class Arguments:
             *((max(self.Tq, self.Tk), self.strides(t)) for t in more),
         ]
         far = [max(n, 1) * t + MAX_HEAD_DIM * d for n, (*_, t, d) in reaches]
-        far += [self.Tq * p.i + self.Tk * p.j for p in (plane(self.mask), plane(self.bias)) if p]
+        all_planes = plane(self.mask), plane(self.bias), *planes
+        far += [self.Tq * p.i + self.Tk * p.j for p in all_planes if p]
         return max(far) >= 2**31
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    """A tensor that kernels read one element after the other, whatever its strides were."""
+    return None if t is None else t.contiguous()
 
 
 def plane(t: Tensor | None) -> Plane | None:
@@ -254,23 +266,37 @@ def block_of(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How products of fp32 are computed: as torch.matmul would."""
+def precision(t: Tensor) -> str:
+    """How products of fp32 are computed: as torch.matmul would, where the device can."""
     # allow_tf32 says the same, but raises after somebody has set fp32_precision.
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
+    if t.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    # Of AMD's targets Triton 3.6 takes TF32 for one alone.
+    if torch.version.hip is not None:
+        arch = torch.cuda.get_device_properties(t.device).gcnArchName
+        return "tf32" if arch.split(":")[0] == "gfx942" else "ieee"
+    return "tf32"
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's device the current one for launches, and the place of the workspace in
-    which kernels make their descriptors."""
+    """Makes the tensor's device the current one for launches."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def workspace(device: torch.device) -> Iterator[None]:
+    """Gives kernels the memory in which they make their descriptors."""
 
     def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=t.device)
+        return torch.empty(size, dtype=torch.int8, device=device)
 
+    # Triton keeps it for all launches to come, and it may be the user's own.
+    before = _allocation._allocator.get()
     triton.set_allocator(allocate)
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        triton.set_allocator(before)
 
 
 # ---- checks -------------------------------------------------------------------------------
@@ -318,6 +344,7 @@ def check(
     if causal is not None:
         window_right = 0 if window_right < 0 else min(window_right, 0)
     left, right = (None if not 0 <= w < Tq + Tk else w for w in (window_left, window_right))
+    q_lens, k_lens, sinks, cu_q, cu_k = map(dense, (q_lens, k_lens, sinks, cu_q, cu_k))
     return Arguments(
         q, k, v, mask, bias, q_lens, k_lens, alibi_slopes, sinks, seed, cu_q, cu_k,
         left, right, causal == "top_left", softcap, dropout_p, scale, **sizes,

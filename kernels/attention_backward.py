@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_arguments import SIZES, Arguments, check, check_gradients, on_device
+from .attention_arguments import (
+    SIZES,
+    Arguments,
+    check,
+    check_gradients,
+    dense,
+    on_device,
+    workspace,
+)
 from .attention_bias_gradient import bias_gradient
 from .attention_gradients import Own, delta_of, probabilities, score_gradients
 from .attention_live import live_tiles
@@ -341,9 +349,10 @@ def attention_backward(
     )  # fmt: skip
     check_gradients("attention_backward", call, do, dlse, o, lse)
     # Both are small, and have to be dense to be addressed by two strides.
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    dq = dk = dv = dbias = dsinks = q.new_empty(0)
-    with on_device(q):
+    lse, dlse = lse.contiguous(), dense(dlse)
+    # No result may alias another.
+    dq, dk, dv, dbias, dsinks = (q.new_empty(0) for _ in range(5))
+    with on_device(q), workspace(q.device):
         lse2, delta = delta_of(call, do, dlse, o, lse)
         if need_dq:
             dq = _query_gradient(call, do, lse2, delta, config)
@@ -385,6 +394,8 @@ def _key_gradients(
     call: Arguments, do: Tensor, lse: Tensor, delta: Tensor, config: Config | None
 ) -> tuple[Tensor, Tensor]:
     dk, dv = call.new_output(call.k, call.D), call.new_output(call.v, call.DV)
+    if not call.H:
+        return dk.zero_(), dv.zero_()
     config = config or call.config("dkdv")
     n_tiles, pairs = triton.cdiv(call.Tk, config.block_n), call.B * call.Hkv
     if not n_tiles * pairs:

@@ -111,6 +111,8 @@ def bias_gradient(
     if not dbias.numel():
         return dbias
     config = config or call.config("dbias")
+    # Dense, where the bias itself may be expanded.
+    result = plane(dbias)
     full = triton.cdiv(call.Tq, config.block_m), triton.cdiv(call.Tk, config.block_n)
     batches, heads, *lengths = bias.shape
     sums = [n == 1 for n in lengths]
@@ -121,7 +123,7 @@ def bias_gradient(
         do=call.view(do),
         lse=call.row(lse),
         delta=call.row(delta),
-        dbias=plane(dbias),
+        dbias=result,
         heads=heads,
         tiles_i=tiles[0],
         tiles_j=tiles[1],
@@ -131,7 +133,7 @@ def bias_gradient(
         repeat_j=repeats[1],
         SUM_I=sums[0],
         SUM_J=sums[1],
-        C=call.build(config, do),
+        C=call.build(config, do, planes=(result,)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_arguments import block_of, on_device, precision, refuse
+from .attention_arguments import block_of, dense, on_device, precision, refuse
 from .decode_arguments import (
     cache_arguments,
     check_cache,
@@ -296,6 +296,7 @@ def attention_decode(
     B, places = check_cache(op, k_cache, v_cache, k_lens, block_table)
     check_queries(op, q, k_cache, B, alibi_slopes, sinks)
     left, right = check_rule(op, causal, window_left, window_right, softcap, scale, splits)
+    k_lens, sinks = k_lens.contiguous(), dense(sinks)
     H, Tq, D = q.shape[1:]
     Hkv, DV = k_cache.size(1), v_cache.size(3)
     o = torch.empty(B, H, Tq, DV, dtype=q.dtype, device=q.device)
@@ -344,7 +345,7 @@ def attention_decode(
         "SPLIT": splits > 1,
         "WIDE": wide,
         "I64": needs_int64(k_cache, v_cache),
-        "PRECISION": precision(q.dtype),
+        "PRECISION": precision(q),
         "num_warps": config.num_warps,
     }
     arguments |= cache_arguments(k_cache, v_cache, block_table) | sizes | results
@@ -380,7 +381,7 @@ def cache_append(k_cache, v_cache, k_new, v_new, k_lens, block_table) -> None:
     arguments = {
         "k_new": view(k_new),
         "v_new": view(v_new),
-        "k_lens": k_lens,
+        "k_lens": k_lens.contiguous(),
         "n_heads": Hkv,
         "new": new,
         "places": places,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_arguments import SIZES, Arguments, check, on_device
+from .attention_arguments import SIZES, Arguments, check, on_device, workspace
 from .attention_live import live_tiles
 from .attention_table import Config
 from .tile import (
@@ -175,7 +175,7 @@ def attention_forward(
 
     Args:
         q ... deterministic: the op's, in its order; every sum has one order in either case.
-        config: sizes of the tiles; None asks the table for the device that is active.
+        config: sizes of the tiles; None asks the table for q's device.
 
     Returns:
         o (B, H, Tq, Dv) in q's dtype and lse (B, H, Tq) in fp32; packed (Nq, H, Dv), (H, Nq).
@@ -189,9 +189,8 @@ def attention_forward(
     )  # fmt: skip
     o, lse = call.new_output(q, call.DV), call.new_rows(0.0)
     if o.numel():
-        config = config or call.config("forward")
-        with on_device(q):
-            _launch(call, o, lse, config)
+        with on_device(q), workspace(q.device):
+            _launch(call, o, lse, config or call.config("forward"))
     return o, lse
 
 
@@ -201,7 +200,7 @@ def _launch(call: Arguments, o: Tensor, lse: Tensor, config: Config) -> None:
         **call.common(),
         o=call.view(o),
         lse=call.row(lse),
-        sinks=None if call.sinks is None else call.sinks.contiguous(),
+        sinks=call.sinks,
         live=live_tiles(call, config.block_m, config.block_n, transposed=False),
         n_tiles=n_tiles,
         section=call.section(pairs, call.H // call.Hkv),

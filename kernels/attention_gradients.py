@@ -88,7 +88,8 @@ def delta_kernel(
     if dlse is not None:
         total -= tl.load(row_base(dlse, b, h) + q0 + i, mask=exists, other=0.0)
     log = tl.load(row_base(lse, b, h) + q0 + i, mask=exists, other=float("-inf"))
-    some = log > float("-inf")
+    # NaN has to stay visible.
+    some = (log > float("-inf")) | (log != log)
     rows = max_q
     if cu_q is not None:
         rows = q_len

@@ -396,8 +396,9 @@ BAD_OPTIONS = [
     ({"mask": "causal"}, TypeError, "mask must be a Tensor, got str"),
     ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
     ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
-    ({"scale": "1"}, TypeError, "scale must be a number or None, got str"),
-    ({"scale": torch.tensor(1.0)}, TypeError, "scale must be a number or None, got Tensor"),
+    ({"scale": "1"}, TypeError, "scale must be a number, got str"),
+    ({"scale": torch.ones(1)}, TypeError, "scale must be a number, got Tensor"),
+    ({"scale": torch.ones((), requires_grad=True)}, TypeError, "scale must be .* no gradient"),
 ]
 
 

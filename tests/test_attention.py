@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkern
 from seqkern.reference import attention as reference
@@ -63,6 +65,25 @@ def test_sdpa_groups_heads_on_demand() -> None:
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
     with pytest.raises(ValueError, match="enable_gqa"):
         seqkern.scaled_dot_product_attention(q, k, v)
+
+
+SHAPES = {
+    "value for all batches": ((2, 3, 4), (2, 5, 4), (5, 4)),
+    "other heads of values": ((2, 4, 3, 8), (2, 2, 5, 8), (2, 1, 5, 8)),
+    "mask of keys": ((2, 3, 2, 4, 8), (2, 3, 2, 5, 8), (2, 3, 2, 5, 8)),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_sdpa_takes_the_shapes_that_pytorch_takes(case: str) -> None:
+    inputs = [draw(*shape, dtype=torch.float64, grad=True) for shape in SHAPES[case]]
+    mask = draw(5, dtype=torch.float64) if "mask" in case else None
+    options = {"enable_gqa": "heads" in case, "scale": torch.tensor(0.4)}
+    runs = []
+    for attend in (seqkern.scaled_dot_product_attention, F.scaled_dot_product_attention):
+        o = attend(*inputs, mask, **options)
+        runs.append((o, *torch.autograd.grad(o.pow(2).sum(), inputs)))
+    torch.testing.assert_close(*runs)
 
 
 def test_sdpa_derives_twice() -> None:
@@ -181,6 +202,22 @@ def test_a_seed_decides_what_is_dropped() -> None:
     assert abs(kept - 0.7) < 5 * (0.21 / 16000) ** 0.5
 
 
+def test_a_seed_is_not_copied_from_the_host() -> None:
+    """Such a copy waits for the GPU, and a CUDA graph cannot capture it."""
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Calls():
+        q = torch.empty(1, 2, 3, 8, device="cuda")
+        seqkern.attention(q, q, q, dropout_p=0.5, dropout_seed=3)
+    assert torch.ops.seqkern.attention.default in called
+    assert torch.ops.aten._to_copy.default not in called
+
+
 def test_philox_against_its_published_test_vector() -> None:
     """Salmon et al. 2011, kat_vectors of Philox-4x32 with 7 rounds: counter and key all ones."""
     ones = torch.tensor(0xFFFFFFFF)
@@ -223,6 +260,26 @@ def test_nested_tensors_of_the_jagged_layout() -> None:
         torch.testing.assert_close(result.transpose(0, 1)[None], expected)
         (expected_grad,) = torch.autograd.grad(expected.sum(), x)
         torch.testing.assert_close(g.transpose(0, 1)[None], expected_grad)
+
+
+def test_nested_tensors_with_holes() -> None:
+    """What lies between the sequences takes no part and no gradient."""
+    lengths = torch.tensor([2, 0, 1])
+    leaves = [draw(7, 4, 8, grad=True) for _ in range(3)]
+    bounds = torch.tensor([0, 3, 5, 7])
+    nested = torch.nested.nested_tensor_from_jagged
+    q, k, v = (nested(x, bounds, lengths=lengths) for x in leaves)
+    o = seqkern.attention_varlen(q, k, v, causal="top_left")
+    alone = []
+    for first, n in zip(bounds.tolist(), lengths.tolist()):
+        one = [x[None, first : first + n].transpose(1, 2) for x in leaves]
+        alone.append(seqkern.attention(*one, causal="top_left")[0].transpose(0, 1))
+    torch.testing.assert_close(o.values(), torch.cat(alone))
+    grads = torch.autograd.grad(o.values().sum(), leaves)
+    torch.testing.assert_close(grads, torch.autograd.grad(torch.cat(alone).sum(), leaves))
+    other = nested(leaves[2], torch.tensor([0, 1, 6, 7]))
+    with pytest.raises(ValueError, match=r"nested k and v must have the same lengths .*0, 2, 2, 3"):
+        seqkern.attention_varlen(q, k, other)
 
 
 def test_heads_that_were_split_off_a_projection_join_without_a_copy() -> None:
@@ -304,7 +361,18 @@ def test_export() -> None:
         ({"q_lens": torch.tensor([-1, 2])}, ValueError, "q_lens must be within"),
         ({"window": 3}, TypeError, "window must be"),
         ({"window": (-2, 0)}, ValueError, "window must hold"),
+        ({"k_lens": torch.tensor([2**32 + 2, 1])}, ValueError, "k_lens must be within"),
+        ({"k_lens": [9, 9]}, TypeError, "k_lens must be a Tensor, got list"),
         ({"softcap": -1.0}, ValueError, "softcap must be positive"),
+        (
+            {"softcap": torch.nn.Parameter(torch.ones(()))},
+            TypeError,
+            "softcap must be .* no gradient",
+        ),
+        ({"scale": torch.nn.Parameter(torch.ones(()))}, TypeError, "scale must be .* no gradient"),
+        ({"scale": "x"}, TypeError, "scale must be a number, got str"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"dropout_p": "x"}, TypeError, "dropout_p must be a number, got str"),
         ({"sinks": torch.zeros(3)}, ValueError, r"sinks must be \(4,\)"),
         ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes must be"),
         ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "no gradient"),
@@ -345,6 +413,8 @@ def test_bad_tensors() -> None:
     ]:
         with pytest.raises(ValueError, match=match):
             seqkern.attention_varlen(*packed, *bounds)
+    with pytest.raises(TypeError, match="cu_q must be a Tensor, got list"):
+        seqkern.attention_varlen(*packed, [0, 7, 14], cu[1])
 
 
 def test_raw_op_checks_again() -> None:
@@ -369,6 +439,12 @@ def test_explain() -> None:
     assert "softcap" in str(capped)
     (dropped,) = seqkern.explain(seqkern.scaled_dot_product_attention, q, k, v, dropout_p=0.1)
     assert "aten::scaled_dot_product_attention" in str(dropped)
+    named = {"query": q, "key": k, "value": v}
+    (by_name,) = seqkern.explain(F.scaled_dot_product_attention, **named)
+    assert by_name.k == tuple(k.shape)
+    rows, bounds = q.transpose(1, 2).flatten(0, 1), torch.tensor([0, 5, 14])
+    (packed,) = seqkern.explain(seqkern.attention_varlen, rows, rows, rows, bounds, bounds)
+    assert packed.kernel == "torch"
     lens = torch.tensor([9, 3])
     (cached,) = seqkern.explain(seqkern.attention_decode, q[:, :, :1], k, v, k_lens=lens)
     assert cached.op == "seqkern::attention_decode"

@@ -32,14 +32,15 @@ def test_compile(backend: str) -> None:
     torch.testing.assert_close(grads, expected)
 
 
-def test_cuda_graph() -> None:
+@pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.3, "dropout_seed": 5}])
+def test_cuda_graph(dropout: dict) -> None:
     """Lengths are read on the device: a captured graph follows them, and nothing synchronises."""
     q, k, v = inputs_of(2, 4, 2, 200, 64)
     lens = torch.tensor([200, 70], device="cuda", dtype=torch.int32)
     do = torch.randn_like(q)
 
     def step():
-        o = seqkern.attention(q, k, v, k_lens=lens, causal="bottom_right")
+        o = seqkern.attention(q, k, v, k_lens=lens, causal="bottom_right", **dropout)
         return [o.detach(), *torch.autograd.grad(o, (q, k, v), do)]
 
     step()

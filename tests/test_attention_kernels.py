@@ -15,12 +15,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
-from seqkern.kernels import attention_arguments
 from seqkern.kernels.attention_arguments import Arguments, check
 from seqkern.kernels.attention_backward import attention_backward
 from seqkern.kernels.attention_forward import attention_forward
 from seqkern.kernels.attention_live import live_tiles
-from seqkern.kernels.attention_table import Config, choose
+from seqkern.kernels.attention_table import Config
 
 from seqkern.reference import attention as reference
 from seqkern.reference import packed as packing
@@ -32,6 +31,10 @@ Shape = tuple[int, int, int, int]
 BIAS, SINKS = 4, 8
 SQUARE = Config(64, 64)
 GRADIENTS = "dq", "dk", "dv", "dbias", "dsinks"
+ORDER = (
+    *("q", "k", "v", "mask", "bias", "q_lens", "k_lens", "alibi_slopes", "sinks", "seed"),
+    *("cu_q", "cu_k"),
+)
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,7 @@ def test_equals_the_reference(case: Case) -> None:
 @pytest.mark.parametrize("config", [Config(32, 64), DESCRIBED], ids=["pointers", "descriptors"])
 def test_offsets_of_64_bits(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers when every offset is computed in 64 bits."""
-    monkeypatch.setattr(Arguments, "needs_int64", lambda *_: True)
+    monkeypatch.setattr(Arguments, "needs_int64", lambda *_, **__: True)
     features = {"bias": (1, 4, 97, 129), "mask": (2, 1, 97, 129), "lens": LENS}
     assert_equals_reference(Case(D=64, Dv=64, config=config, **features))
 
@@ -296,6 +299,27 @@ def test_any_strides() -> None:
     assert_equals_reference(case, t)
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_lengths_bounds_and_sinks_of_any_strides(is_packed: bool) -> None:
+    """A column of a table gives the bits that a copy of it gives."""
+    lens = (20, 7), (5, 24)
+    small = {"Tq": 20, "Tk": 24, "D": 8, "Dv": 8, "sinks": True, "config": Config(16, 16)}
+    case = Case(lens=lens, packed=is_packed, **small)
+    t = case.tensors()
+    args = list(case.arguments(t))
+    results = []
+    for _ in range(2):
+        with interpreted(), poisoned_memory():
+            o, lse = attention_forward(*args, config=case.config)
+            rest = o, lse, *args, True, True, False
+            grads = attention_backward(t["do"], None, *rest, config=case.config)
+        results.append((o, lse, *grads))
+        for i, name in enumerate(ORDER):
+            if name in ("q_lens", "k_lens", "sinks", "cu_q", "cu_k") and args[i] is not None:
+                args[i] = torch.stack([args[i], args[i] + 3], -1)[..., 0]
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 def test_results_have_the_order_of_the_inputs_in_memory() -> None:
     """So that heads which were split off a projection are joined again without a copy."""
     case = Case(Tq=33, Tk=65)
@@ -321,6 +345,18 @@ def test_nan_stays_in_its_own_row_and_is_seen() -> None:
     assert lse[0, 1, 3].isnan()
     assert o.isnan().sum() == case.Dv
     assert lse.isnan().sum() == 1
+
+
+def test_nan_of_a_key_is_seen_in_all_gradients_of_its_head() -> None:
+    """Every query has a weight for it, so that all weights of the queries are NaN."""
+    case = Case(Tq=17, Tk=20, config=Config(32, 32))
+    t = case.tensors()
+    t["k"][0, 1, 3, 5] = torch.nan
+    got = by_kernels(t, case)
+    for name, heads in {"dq": slice(2, 4), "dk": slice(1, 2), "dv": slice(1, 2)}.items():
+        seen = got[name].isnan()
+        assert seen[0, heads].all()
+        assert seen.sum() == seen[0, heads].numel()
 
 
 def test_every_order_of_programs_gives_the_same_bits() -> None:
@@ -370,121 +406,3 @@ def test_tiles_that_the_mask_leaves_out_are_not_read() -> None:
     assert lists is not None
     assert lists.ptr[0, 0].tolist()[0][:4] == [3, 0, 2, 3]
     assert lists.ptr[1, 1, :, 0].tolist() == [0, 3]
-
-
-def test_64_bits_are_used_where_32_would_not_do() -> None:
-    def call(q: Tensor, **named: Tensor) -> Arguments:
-        given: list[Any] = [q, q, q, *[None] * 9, None, -1, -1, 0.0, 0.0, 1.0, *[q.size(2)] * 2]
-        given[3] = named.get("mask")
-        return check("attention", *given)
-
-    long = torch.empty(1, 1, 2**16, 8, device="meta")
-    assert not call(long).needs_int64()
-    assert call(long.as_strided(long.shape, (1, 1, 2**15, 1))).needs_int64()
-    mask = torch.empty(1, 1, 2**16, 2**16, dtype=torch.bool, device="meta")
-    assert call(long, mask=mask).needs_int64()
-    assert not call(long, mask=mask[:, :, :1]).needs_int64()
-    # Offsets of batches and heads always have 64 bits.
-    assert not call(torch.empty(2**10, 2**10, 2**10, 64, device="meta")).needs_int64()
-
-
-def test_fp32_products_have_the_precision_that_torch_is_set_to() -> None:
-    before = torch.backends.cuda.matmul.fp32_precision
-    try:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert attention_arguments.precision(fp32) == "tf32"
-        assert attention_arguments.precision(bf16) == "ieee"
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        assert attention_arguments.precision(fp32) == "ieee"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
-# ---- refusals -----------------------------------------------------------------------------
-
-q4, k4 = torch.zeros(2, 4, 8, 16), torch.zeros(2, 2, 9, 16)
-SEED, CU = torch.zeros(1, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
-ORDER = (
-    *("q", "k", "v", "mask", "bias", "q_lens", "k_lens", "alibi_slopes", "sinks", "seed"),
-    *("cu_q", "cu_k", "causal", "window_left", "window_right", "softcap", "dropout_p", "scale"),
-    *("max_q", "max_k"),
-)
-GOOD = dict.fromkeys(ORDER) | {
-    **{"q": q4, "k": k4, "v": k4, "window_left": -1, "window_right": -1},
-    **{"softcap": 0.0, "dropout_p": 0.0, "scale": 1.0, "max_q": 8, "max_k": 9},
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"q": q4.double()}, r"q must be fp16, bf16 or fp32 .*float64"),
-        ({"q": q4[0]}, r"q must be \(B, H, T, D\), got \(4, 8, 16\)"),
-        ({"k": k4.half()}, "k must be torch.float32 on cpu like q, got torch.float16"),
-        ({"k": k4[..., :8]}, r"k must be \(B, Hkv, Tk, D\) = \(2, 2, 9, 16\)"),
-        ({"v": k4[:, :1]}, r"v must be \(B, Hkv, Tk, Dv\) = \(2, 2, 9, 16\)"),
-        ({"q": torch.zeros(2, 3, 8, 16)}, "divides the 3 of q, got 2"),
-        ({"q": torch.zeros(2, 4, 8, 513)}, r"head dimension in \[1, 512\]"),
-        ({"max_q": 7}, r"max_q, max_k must be \(8, 9\)"),
-        ({"mask": torch.zeros(2, 1, 8, 9)}, "mask must be torch.bool"),
-        ({"mask": torch.zeros(2, 8, 9, dtype=torch.bool)}, "mask must be .* each 1 or full"),
-        ({"bias": torch.zeros(1, 2, 8, 9)}, r"bias must be \(B, H, Tq, Tk\) = \(2, 4, 8, 9\)"),
-        ({"q_lens": torch.zeros(2)}, r"q_lens must be \(2,\) of torch.int32"),
-        ({"alibi_slopes": torch.zeros(2)}, r"alibi_slopes must be \(4,\) or \(2, 4\)"),
-        ({"sinks": torch.zeros(1)}, r"sinks must be \(4,\)"),
-        ({"seed": SEED}, "seed must be None for dropout_p=0"),
-        ({"dropout_p": 0.5}, "seed must be a tensor for dropout_p=0.5, got None"),
-        ({"dropout_p": 1.0, "seed": SEED}, r"dropout_p must be in \[0, 1\), got 1.0"),
-        ({"causal": "left"}, "causal must be .*, got 'left'"),
-        ({"softcap": -1.0}, "softcap must be"),
-        ({"scale": float("nan")}, "scale must be finite"),
-        ({"q": q4[0], "k": k4[0], "v": k4[0], "cu_q": CU}, "cu_q and cu_k must be given together"),
-        ({"cu_q": CU, "cu_k": CU}, r"q must be \(N, H, D\) with cu_q"),
-    ],
-)
-def test_bad_arguments_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^attention: .*{message}"):
-        attention_forward(*(GOOD | changes).values(), True, config=Config(16, 16))
-
-
-def test_bad_gradients_are_refused_by_name() -> None:
-    o, lse = torch.zeros(2, 4, 8, 16), torch.zeros(2, 4, 8)
-    rest = *GOOD.values(), True, True, True, True
-    wrong = {"do": (o[..., 1:], None, o, lse), "dlse": (o, lse[0], o, lse)}
-    for name, first in wrong.items():
-        with pytest.raises(ValueError, match=f"^attention_backward: {name} must be"):
-            attention_backward(*first, *rest, config=Config(16, 16))
-    with pytest.raises(TypeError, match="q must be a Tensor, got NoneType"):
-        attention_forward(*(GOOD | {"q": None}).values(), True, config=Config(16, 16))
-
-
-# ---- the table ----------------------------------------------------------------------------
-
-TARGETS: list[tuple[str, int | str]] = [
-    *(("cuda", arch) for arch in (80, 86, 89, 90, 100, 120)),
-    ("hip", "gfx942"),
-]
-
-
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_the_table_has_a_row_for_every_call(target: tuple[str, int | str]) -> None:
-    for kernel in ("forward", "dkdv", "dq", "dbias"):
-        for width in (1, 16, 33, 64, 65, 128, 160, 256, 257, 512):
-            for dtype in (fp16, bf16, fp32):
-                if dtype == fp32 and width > 256:
-                    continue
-                plain, costly = (
-                    choose(kernel, width, dtype, costly=costly, target=target)
-                    for costly in (False, True)
-                )
-                assert costly.block_m * costly.block_n <= plain.block_m * plain.block_n
-                assert min(costly.block_m, costly.block_n) >= 16
-                assert not plain.descriptors or target[1] in (90, 100)
-
-
-def test_devices_that_triton_does_not_serve_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"compute capability 8.0 or later, got 7.5"):
-        choose("forward", 64, fp16, target=("cuda", 75))
-    for target in TARGETS:
-        with pytest.raises(ValueError, match=r"dq kernel takes head dimensions up to 256 in .*32"):
-            choose("dq", 300, fp32, target=target)

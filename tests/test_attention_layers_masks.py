@@ -294,6 +294,11 @@ def test_nested_input_that_is_refused() -> None:
             ours(*inputs, **kwargs)
     with pytest.raises(AssertionError, match="add_zero_attn"):
         seqkern.nn.MultiheadAttention(8, 2, add_zero_attn=True)(x, x, x)
+    one = nested([torch.randn(3, 8)], "jagged")
+    for need_weights in (False, True):
+        for q, k in ((one, x), (x, one)):
+            with pytest.raises(RuntimeError, match="batch size of query"):
+                ours(q, k, k, need_weights=need_weights)
 
 
 # ---- errors -------------------------------------------------------------------------------

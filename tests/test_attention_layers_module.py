@@ -158,6 +158,17 @@ def test_a_foreign_layer_gets_the_masks_that_torch_gives_it() -> None:
     assert not seen[1]["is_causal"]  # a layer may drop what it hears is causal
 
 
+def test_explain_of_a_stack_with_masks() -> None:
+    """Whose values cannot be looked at, since nothing is computed."""
+    layer = seqkern.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    stack = seqkern.nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 4, 8), torch.zeros(2, 4, dtype=torch.bool)
+    causal = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    for masks in ({"mask": causal}, {"src_key_padding_mask": padding}):
+        with torch.no_grad():
+            assert len(seqkern.explain(stack, x, **masks)) == 2
+
+
 def test_hooks_run_in_every_mode() -> None:
     _, ours = build("TransformerEncoderLayer")
     calls: list[int] = []

@@ -89,6 +89,21 @@ def test_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(odd[1], plain[1])
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_lengths_and_sinks_of_any_strides(splits: int) -> None:
+    """A column of a table gives what a copy of it gives."""
+    lens, sinks = torch.tensor([[2, 0], [4, 0]], dtype=torch.int32), torch.randn(4, 2)
+    new, q = torch.randn(2, 2, 2, 1, 8), torch.randn(2, 4, 1, 8)
+    results = []
+    for n, sink in ((lens[:, 0], sinks[:, 0]), (lens[:, 0].clone(), sinks[:, 0].clone())):
+        caches = torch.ones(2, 2, 2, 6, 8)
+        rule = None, sink, "bottom_right", -1, -1, 0.0, 0.3, splits
+        with interpreted(tile, kernels):
+            kernels.cache_append(*caches, *new, n, None)
+            results.append((caches, *kernels.attention_decode(q, *caches, n, None, *rule)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_far_addresses_take_64_bits() -> None:
     near, far = (torch.empty(1, 8, n, 128, device="meta") for n in (2**20, 2**24))
     assert not decode_arguments.needs_int64(near, near)

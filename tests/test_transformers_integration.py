@@ -249,12 +249,12 @@ def test_compiled_model():
 # ---- masks --------------------------------------------------------------------------------
 
 
-def seen_by(mask: Tensor | None, q_length: int, kv_length: int, is_causal: bool) -> Tensor:
+def seen_by(mask: Tensor | None, q_length: int, kv_length: int, is_causal: bool, **given) -> Tensor:
     """(B, Tq, Tk), the keys that get a weight: scores are 0, and key j's value is the unit j."""
     q, k = torch.zeros(B, 1, q_length, 4), torch.zeros(B, 1, kv_length, 4)
     v = torch.eye(kv_length).expand(B, 1, -1, -1)
     module = SimpleNamespace(is_causal=is_causal)
-    return attention_forward(module, q, k, v, mask)[0][:, :, 0] > 0
+    return attention_forward(module, q, k, v, mask, **given)[0][:, :, 0] > 0
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -289,6 +289,17 @@ def test_rules_say_what_the_whole_mask_says(causal, window, side):
         assert torch.equal(seen_by(ours, q, kv, causal), whole), (q, kv, q0, kv0)
         if q0 + q == kv0 + kv:
             assert ours is None or isinstance(ours, KeyMask)
+
+
+@pytest.mark.parametrize("window", [3, 4, 5])
+def test_a_window_on_both_sides_that_just_reaches_all_keys(window):
+    """The layer knows the window too, and must not take it for a narrower one."""
+    function = masking.sliding_window_bidirectional_mask_function(window)
+    options = {"mask_function": function, "attention_mask": None, "local_size": window}
+    mask = integration.attention_mask(B, 5, 5, **options, allow_is_bidirectional_skip=True)
+    whole = masking.sdpa_mask(B, 5, 5, **options, allow_is_causal_skip=False)
+    seen = seen_by(mask, 5, 5, False, sliding_window=window)
+    assert torch.equal(seen, whole[:, 0])
 
 
 def test_unknown_patterns_and_asked_for_masks_are_whole():
@@ -416,6 +427,21 @@ def test_bounds_of_sequences_without_a_mask(longest):
         later = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
         parts.append(plain(*(t[:, :, a:b] for t in flat), excluded(later)))
     torch.testing.assert_close(o, torch.cat(parts, 1).view(2, 7, 4, 6))
+
+
+def test_bounds_of_sequences_beside_padding_on_the_right():
+    q, k, v = (t[:1] for t in inputs(5, 5))
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
+    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    real = torch.tensor([[True, True, True, True, False]])
+    mask = KeyMask.of(real, Rule(causal=True, window=None, padding="right"))
+    apart = torch.tensor([0, 0, 1, 1, 1])
+    hidden = (apart[:, None] != apart) | torch.ones(5, 5, dtype=torch.bool).triu(1) | ~real
+    o, _ = attention_forward(torch.nn.Identity(), q, k, v, mask, **given)
+    torch.testing.assert_close(o, plain(q, k, v, excluded(hidden)))
+    two, rows = KeyMask.of(real.expand(2, -1), mask.rule), inputs(5, 5)
+    with pytest.raises(ValueError, match="cu_seq_lens_q with an attention_mask or a bias needs"):
+        attention_forward(torch.nn.Identity(), *rows, two, **given)
 
 
 def test_what_cannot_be_honoured_is_refused():

@@ -152,9 +152,8 @@ def attention_mask(
     if keys is not None:
         keys = keys[:, kv_offset : kv_offset + kv_length]
     padding = "none" if keys is None else _padding(keys)
-    # No two positions are further apart than the first and the last key.
-    wide = rule.window is None or max(rule.window) >= kv_length - 1
-    window = None if wide else rule.window
+    # As large a window is none to `attention_forward` either, which then gets no mask.
+    window = None if local_size is None or local_size >= kv_length else rule.window
     square = q_length in (1, kv_length)
     if padding == "none" and window is None and (square or not rule.causal):
         return None
@@ -261,7 +260,8 @@ def attention_forward(
     )
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    options = _what_is_seen(attention_mask, is_causal, sliding_window, q.size(2), k.size(2))
+    sizes = q.size(2), k.size(2)
+    options = _what_is_seen(attention_mask, is_causal, sliding_window, *sizes, bool(packed))
     bias, position_bias = options.get("bias"), given.get("position_bias")
     if position_bias is not None:
         bias = position_bias if bias is None else position_bias + bias
@@ -307,7 +307,12 @@ def _sort_arguments(
 
 
 def _what_is_seen(
-    mask: Tensor | None, is_causal: bool, sliding_window: int | None, tq: int, tk: int
+    mask: Tensor | None,
+    is_causal: bool,
+    sliding_window: int | None,
+    tq: int,
+    tk: int,
+    packed: bool,
 ) -> dict[str, Any]:
     """The arguments of seqkern.attention that say which keys a query sees."""
     if mask is None:
@@ -320,7 +325,7 @@ def _what_is_seen(
             seen["window"] = (sliding_window - 1, sliding_window - 1)
         return seen
     if isinstance(mask, KeyMask):
-        return _by_rule(mask, tq, tk)
+        return _by_rule(mask, tq, tk, packed)
     if mask.dim() != 4:
         raise ValueError(
             "seqkern attention: attention_mask must be a KeyMask as seqkern's mask function makes "
@@ -329,7 +334,7 @@ def _what_is_seen(
     return {"mask": mask} if mask.dtype == torch.bool else {"bias": mask}
 
 
-def _by_rule(keys: KeyMask, tq: int, tk: int) -> dict[str, Any]:
+def _by_rule(keys: KeyMask, tq: int, tk: int, packed: bool) -> dict[str, Any]:
     rule = keys.rule
     seen: dict[str, Any] = {"window": rule.window}
     seen["causal"] = "bottom_right" if rule.causal else None
@@ -342,8 +347,10 @@ def _by_rule(keys: KeyMask, tq: int, tk: int) -> dict[str, Any]:
             f"got {tuple(plain.shape)}"
         )
     # Lengths let whole tiles be left out. They move the last query to the last real key, which
-    # only "top_left" undoes, and it means the same where there are as many queries as keys.
-    if rule.padding == "right" and (tq == tk if rule.causal else rule.window is None):
+    # only "top_left" undoes, and it means the same where there are as many queries as keys. Rows
+    # that are packed have other lengths already.
+    placed = tq == tk if rule.causal else rule.window is None
+    if rule.padding == "right" and placed and not packed:
         lens = plain.sum(-1, dtype=torch.int32)
         return seen | {"k_lens": lens, "causal": "top_left" if rule.causal else None}
     return seen | {"mask": plain[:, None, None]}
@@ -357,8 +364,8 @@ def _packed(
     if "mask" in options or options["bias"] is not None:
         if q.size(0) != 1:
             raise ValueError(
-                "seqkern attention: cu_seq_lens_q with a mask or a bias needs a batch of one row, "
-                f"got {q.size(0)}"
+                "seqkern attention: cu_seq_lens_q with an attention_mask or a bias needs a batch "
+                f"of one row, got {q.size(0)}"
             )
         rows, columns = (
             torch.searchsorted(cu, torch.arange(t.size(2), device=cu.device), right=True)

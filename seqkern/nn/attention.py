@@ -243,11 +243,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 raise (RuntimeError if same else AssertionError)(
                     f"{name} must have {features} features, got {tuple(tensor.shape)}"
                 )
-        if key.size(batch_dim) != query.size(batch_dim):
-            raise RuntimeError(
-                f"key must have the batch size of query, {query.size(batch_dim)}, got "
-                f"{key.size(batch_dim)}"
-            )
+        _check_batch(query.size(batch_dim), key.size(batch_dim))
 
     # ---- nested tensors ---------------------------------------------------------------------
 
@@ -260,6 +256,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         k_in = q_in if key is query else _ragged("key", key)
         v_in = k_in if value is key else _ragged("value", value)
         _check_same_lengths(key, value)
+        _check_batch(query.size(0), key.size(0))
         heads = self.num_heads, self.head_dim
         q, k, v = (
             part.unflatten(-1, heads) for part in self._project(q_in.rows, k_in.rows, v_in.rows)
@@ -307,6 +304,12 @@ def _check_ranks(
                 f"attn_mask must be (H, Tq, Tk) = {shape} without batch, got "
                 f"{tuple(attn_mask.shape)}"
             )
+
+
+def _check_batch(queries: int, keys: int) -> None:
+    """Refuse what ``torch.nn`` refuses, with its exception type."""
+    if keys != queries:
+        raise RuntimeError(f"key must have the batch size of query, {queries}, got {keys}")
 
 
 def check_mask_dtype(name: str, mask: Tensor | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
+from torch._guards import detect_fake_mode
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
@@ -319,6 +320,9 @@ def _is_causal(mask: Tensor | None, promised: bool | None) -> bool:
 def _readable(mask: Tensor) -> bool:
     """Whether the values of the mask may decide what is computed."""
     if is_compiling() or _are_functorch_transforms_active():
+        return False
+    # As under `explain`, which follows shapes alone.
+    if detect_fake_mode(mask) is not None:
         return False
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 

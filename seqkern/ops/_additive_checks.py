@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from seqkern.ops._attention_checks import check_vector
+from seqkern.ops._attention_checks import check_scale, check_vector
 from seqkern.ops._checks import check_tensor
 
 FLOATING = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -87,12 +87,6 @@ def check_mask(op: str, name: str, t: Tensor, query: Tensor, full: tuple[int, in
         raise ValueError(
             f"{op}: {name} must broadcast to (B, Tq, Tk) = {tuple(full)}, got {tuple(t.shape)}"
         )
-
-
-def check_scale(op: str, scale: float | torch.SymFloat) -> None:
-    # Not math.isfinite, which cannot be traced.
-    if not -float("inf") < scale < float("inf"):
-        raise ValueError(f"{op}: scale must be finite, got {scale}")
 
 
 def check_additive_backward(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seqkern.ops._additive_autograd import register
 from seqkern.ops._additive_checks import check_additive, check_additive_backward
+from seqkern.ops._attention_ops import refusal
 from seqkern.ops.choice import HAS_TRITON, Choice, has_native_kernel
 from seqkern.reference import additive as reference
 
@@ -43,10 +44,8 @@ def choose(args: tuple) -> Choice:
     query, value = args[0], args[2]
     device = query.device.type
     if device == "cuda":
-        if not HAS_TRITON:
-            return Choice("reference", "Triton is not installed")
-        if query.dtype == torch.float64:
-            return Choice("reference", "the kernels add up in float32, too coarse for float64")
+        if reason := refusal(query):
+            return Choice("reference", reason)
         if max(query.size(2), value.size(2)) > MAX_WIDTH:
             return Choice("reference", f"the kernels address rows of up to {MAX_WIDTH} elements")
         return Choice("triton", "seqkern's own kernels serve every feature on this device")

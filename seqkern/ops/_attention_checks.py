@@ -1,5 +1,8 @@
 """Checks of the attention ops: each raises with the argument's name and its value."""
 
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,7 +72,7 @@ def check_attention(
         raise ValueError(f"{op}: a seed goes with a dropout_p over 0, got {dropout_p}")
     if seed is not None:
         check_vector(op, "seed", seed, q, 1, (torch.int64,))
-    check_rule(op, causal, window_left, window_right, softcap, dropout_p)
+    check_rule(op, causal, window_left, window_right, softcap, dropout_p, scale)
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
@@ -163,6 +166,7 @@ def check_rule(
     window_right: int,
     softcap: float,
     dropout_p: float,
+    scale: float,
 ) -> None:
     """What is no tensor."""
     if causal not in CAUSAL:
@@ -178,6 +182,43 @@ def check_rule(
         raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    check_scale(op, scale)
+
+
+def check_scale(op: str, scale: float | torch.SymFloat) -> None:
+    # Not math.isfinite, which cannot be traced.
+    if not -float("inf") < scale < float("inf"):
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
+
+
+def number(op: str, name: str, value: Any) -> float:
+    """An argument that is a number; or a tensor of one, as PyTorch takes it, without a gradient."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        if value.requires_grad:
+            raise TypeError(f"{op}: {name} must be a number, or require no gradient: it has none")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def positive(op: str, name: str, value: Any) -> float:
+    """A positive number, 0 for None."""
+    if value is None:
+        return 0.0
+    value = number(op, name, value)
+    if not value > 0:
+        raise ValueError(f"{op}: {name} must be positive or None, got {value}")
+    return value
+
+
+def int32(op: str, name: str, t: Any) -> Tensor:
+    """Lengths or bounds as the ops take them."""
+    check_tensor(op, name, t)
+    if t.dtype not in _INT:
+        raise ValueError(f"{op}: {name} must be of torch.int32 or torch.int64, got {t.dtype}")
+    # A length beyond any sequence must not wrap into a valid one.
+    return t if t.dtype == torch.int32 else t.clamp(-1, 2**30).to(torch.int32)
 
 
 def check_lengths(op: str, *args) -> None:

@@ -83,7 +83,9 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             op = "aten::scaled_dot_product_attention"
-            self.calls.append(_explanation(op, args[:3], _BY_PYTORCH))
+            given = dict(zip(("query", "key", "value"), args)) | (kwargs or {})
+            shown = [given[name] for name in ("query", "key", "value")]
+            self.calls.append(_explanation(op, shown, _BY_PYTORCH))
         return func(*args, **(kwargs or {}))
 
 

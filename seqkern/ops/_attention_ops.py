@@ -42,6 +42,22 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 MAX_HEAD = 512
 
 
+def refusal(t: Tensor) -> str | None:
+    """Why no Triton kernel serves tensors of this device and dtype; None where they do."""
+    if t.device.type != "cuda":
+        return f"no kernel of seqkern runs on {t.device.type}"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if t.dtype == torch.float64:
+        return "the kernels add up in float32, too coarse for float64"
+    # `explain` may ask for a device that is not there.
+    if torch.version.hip is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(t.device)
+        if major < 8:
+            return f"the kernels need compute capability 8.0, and this GPU has {major}.{minor}"
+    return None
+
+
 def choose(args: tuple, *, dlse: bool = False) -> Choice:
     """The kernel that computes an attention, forward or backward.
 
@@ -55,12 +71,8 @@ def choose(args: tuple, *, dlse: bool = False) -> Choice:
     q, v = args[0], args[2]
     if q.device.type == "cpu":
         return _choose_on_cpu(args, dlse)
-    if q.device.type != "cuda":
-        return Choice("reference", f"no kernel of seqkern runs on {q.device.type}")
-    if not HAS_TRITON:
-        return Choice("reference", "Triton is not installed")
-    if q.dtype == torch.float64:
-        return Choice("reference", "the kernels add up in float32, too coarse for float64")
+    if reason := refusal(q):
+        return Choice("reference", reason)
     if 0 in (q.size(-1), v.size(-1), args[1].size(1)):
         return Choice("reference", "there is nothing to compute")
     most = MAX_HEAD // 2 if q.dtype == torch.float32 else MAX_HEAD

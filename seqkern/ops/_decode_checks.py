@@ -1,7 +1,5 @@
 """Checks of the ops over a cache: each raises with the argument's name and its value."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -101,9 +99,7 @@ def check_decode(
         _check_device(op, "alibi_slopes", alibi_slopes, "q", q)
     if sinks is not None:
         check_vector(op, "sinks", sinks, q, H, (q.dtype, torch.float32))
-    check_rule(op, causal, window_left, window_right, softcap, 0.0)
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"{op}: scale must be finite, got {scale}")
+    check_rule(op, causal, window_left, window_right, softcap, 0.0, scale)
     if not 0 <= splits <= MAX_SPLITS:
         raise ValueError(f"{op}: splits must be from 1 to {MAX_SPLITS}, got {splits}")
 

@@ -14,8 +14,8 @@ from torch.compiler import is_compiling
 
 from seqkern.ops import _additive_ops as _additive_ops
 from seqkern.ops._additive_autograd import DERIVED, AdditiveAttention
-from seqkern.ops._additive_checks import check_additive, check_mask, check_scale, check_sequences
-from seqkern.ops._attention_checks import check_vector
+from seqkern.ops._additive_checks import check_additive, check_mask, check_sequences
+from seqkern.ops._attention_checks import check_scale, check_vector, number
 from seqkern.ops._checks import check_tensor
 from seqkern.ops._derivatives import recorded
 from seqkern.reference import additive as reference
@@ -168,10 +168,9 @@ def _check_mask(mask: Any, query: Tensor, key: Tensor) -> None:
 def _scale(scale: Any) -> float:
     if scale is None:
         return 1.0
-    if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat):
-        raise TypeError(f"{_NAME}: scale must be a number or None, got {type(scale).__name__}")
+    scale = number(_NAME, "scale", scale)
     check_scale(_NAME, scale)
-    return float(scale)
+    return scale
 
 
 def _call(args: tuple) -> tuple[Tensor, Tensor, Tensor]:

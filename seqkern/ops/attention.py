@@ -6,11 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from seqkern.ops._attention_autograd import DERIVED, Attention
-from seqkern.ops._attention_checks import check_attention, check_lengths, check_qkv
+from seqkern.ops._attention_checks import (
+    check_attention,
+    check_lengths,
+    check_qkv,
+    int32,
+    number,
+    positive,
+)
 from seqkern.ops._attention_ops import choose
 from seqkern.ops._checks import check_tensor
 from seqkern.ops._derivatives import recorded
@@ -123,7 +131,8 @@ def attention_varlen(
     Args:
         q: (Nq, H, D), the queries of all sequences; or a nested tensor (B, j, H, D) of the jagged
             layout.
-        k, v: (Nk, Hkv, D) and (Nk, Hkv, Dv), or nested like q.
+        k, v: (Nk, Hkv, D) and (Nk, Hkv, Dv), or nested like q, both with the same lengths (the
+            same offsets).
         cu_q, cu_k: (B + 1,) int32 or int64: sequence b is rows cu[b] up to cu[b + 1]. Absent for
             nested tensors, which know.
         max_q, max_k: at least the longest sequence; found from cu_q and cu_k if None, for which a
@@ -142,19 +151,25 @@ def attention_varlen(
     if nested:
         if cu_q is not None or cu_k is not None:
             raise ValueError(f"{name}: nested tensors hold their bounds: leave out cu_q and cu_k")
-        (q, cu_q), (k, cu_k), (v, _) = (
-            _unnest(name, n, t) for n, t in (("q", q), ("k", k), ("v", v))
-        )
+        given = {"q": q, "k": k, "v": v}
+        (q, cu_q), (k, cu_k), (v, cu_v) = (_unnest(name, n, t) for n, t in given.items())
+        if given["k"].size(1) != given["v"].size(1):
+            raise ValueError(
+                f"{name}: nested k and v must have the same lengths (the same offsets), got the "
+                f"bounds {cu_k.tolist()} and {cu_v.tolist()}"
+            )
     offsets = cu_q
     if cu_q is None or cu_k is None:
         raise ValueError(f"{name}: cu_q and cu_k must be given unless q, k and v are nested")
+    check_tensor(name, "cu_q", cu_q)
+    check_tensor(name, "cu_k", cu_k)
     q, k, v = _autocast(name, q, k, v)
     check_qkv(name, q, k, v, packed=True)
     args = _normal_form(
         name,
         (q, k, v, mask, bias, None, None, alibi_slopes, sinks, cu_q, cu_k),
         (causal, window, softcap, dropout_p, dropout_seed, scale),
-        (_longest(cu_q, max_q), _longest(cu_k, max_k), deterministic),
+        (_longest(cu_q, max_q, q), _longest(cu_k, max_k, k), deterministic),
     )
     if dropout_p and dropout_seed is None:
         args = _with_seed(args)
@@ -188,7 +203,7 @@ def scaled_dot_product_attention(
         dropout_p: probability of dropping an attention weight, in training or not.
         is_causal: no query i sees a key after i (the upper left corner is shared).
         scale: 1 / sqrt(D) if None.
-        enable_gqa: permits Hkv < H, if H is a multiple of it.
+        enable_gqa: permits Hkv < H, if H is a multiple of it; key and value may differ in it.
 
     Returns:
         (..., H, Tq, Dv) in query's dtype.
@@ -206,7 +221,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None and is_causal:
         raise RuntimeError(f"{name}: attn_mask and is_causal must not both be given")
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    if query.is_nested or dropout_p >= 1:
+    if query.is_nested or number(name, "dropout_p", dropout_p) >= 1:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, **options
         )
@@ -218,8 +233,10 @@ def scaled_dot_product_attention(
         except RuntimeError:
             # The checks below say what does not fit.
             pass
-    if not enable_gqa and query.dim() > 2 and key.dim() > 2:
-        heads = [t.size(-3) for t in (query, key, value)]
+    if enable_gqa:
+        key, value = _with_the_same_heads(query, key, value)
+    elif query.dim() > 2 and key.dim() > 2:
+        heads = [t.size(-3) for t in (query, key, value) if t.dim() > 2]
         if len({n for n in heads if n != 1}) > 1:
             raise ValueError(
                 f"{name}: query, key and value have {heads} heads; enable_gqa permits that"
@@ -265,18 +282,20 @@ def _normal_form(name: str, tensors: tuple, options: tuple, sizes: tuple) -> tup
             f"got {causal!r}"
         )
     left, right = _window(name, window)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{name}: softcap must be positive, or None for none, got {softcap}")
-    if scale is None:
+    softcap, dropout_p = positive(name, "softcap", softcap), number(name, "dropout_p", dropout_p)
+    if scale is not None:
+        scale = number(name, "scale", scale)
+    else:
         scale = q.size(-1) ** -0.5 if q.size(-1) else 1.0
     seed = None
     if dropout_p and dropout_seed is not None:
         seed = _seed(name, q, dropout_seed)
     if isinstance(slopes, Tensor) and slopes.dtype.is_floating_point:
         slopes = slopes.float()
-    q_lens, k_lens, cu_q, cu_k = (_int32(t) for t in (*lens, cu_q, cu_k))
+    bounds = zip(("q_lens", "k_lens", "cu_q", "cu_k"), (*lens, cu_q, cu_k))
+    q_lens, k_lens, cu_q, cu_k = (t if t is None else int32(name, n, t) for n, t in bounds)
     extras = mask, bias, q_lens, k_lens, slopes, sinks, seed, cu_q, cu_k
-    rule = causal, left, right, float(softcap or 0), float(dropout_p), float(scale)
+    rule = causal, left, right, softcap, dropout_p, float(scale)
     return q, k, v, *extras, *rule, *sizes
 
 
@@ -308,11 +327,8 @@ def _seed(name: str, q: Tensor, seed: int | Tensor) -> Tensor:
         return seed
     if not isinstance(seed, int):
         raise TypeError(f"{name}: dropout_seed must be an int or a Tensor, got {seed!r}")
-    return torch.tensor([seed], dtype=torch.int64, device=q.device)
-
-
-def _int32(t: Tensor | None) -> Tensor | None:
-    return t.to(torch.int32) if isinstance(t, Tensor) and t.dtype == torch.int64 else t
+    # Not torch.tensor, which copies from the host: a CUDA graph cannot hold that.
+    return torch.full((1,), seed, dtype=torch.int64, device=q.device)
 
 
 def _autocast(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -328,9 +344,12 @@ def _autocast(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def _longest(cu: Tensor, given: int | None) -> int:
+def _longest(cu: Tensor, given: int | None, rows: Tensor) -> int:
     if given is not None:
         return given
+    if not is_compiling() and detect_fake_mode(cu) is not None:
+        # As for `explain`: there are no values, but no sequence is longer than all rows.
+        return rows.size(0)
     lens = cu.diff()
     # Bounds that fall are for the checks of the op to refuse.
     return max(int(lens.max()), 0) if lens.numel() else 0
@@ -343,7 +362,10 @@ def _unnest(name: str, argument: str, t: Any) -> tuple[Tensor, Tensor]:
         )
     if t._ragged_idx != 1:
         raise ValueError(f"{name}: {argument} must be ragged in dimension 1, got {t._ragged_idx}")
-    return t.values(), t.offsets()
+    if t.lengths() is None:
+        return t.values(), t.offsets()
+    # There are holes between the sequences.
+    return torch.cat(t.unbind()), F.pad(t.lengths().cumsum(0), (1, 0))
 
 
 def _four_dimensional(q: Tensor, k: Tensor, v: Tensor, gqa: bool):
@@ -366,10 +388,22 @@ def _four_dimensional(q: Tensor, k: Tensor, v: Tensor, gqa: bool):
     return (*views, tuple(leading[0]))
 
 
+def _with_the_same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """key and value, repeated to query's heads where they have different numbers of them."""
+    if min(t.dim() for t in (query, key, value)) < 3 or key.size(-3) == value.size(-3):
+        return key, value
+    H = query.size(-3)
+    if any(t.size(-3) == 0 or H % t.size(-3) for t in (key, value)):
+        return key, value
+    key, value = (t.repeat_interleave(H // t.size(-3), -3) for t in (key, value))
+    return key, value
+
+
 def _mask_of_batch(m: Tensor, batch: tuple[int, ...]) -> Tensor:
     """A mask (..., Tq, Tk) for leading sizes that were joined to (B, H)."""
     if m.dim() <= 4 and len(batch) <= 2:
         return m
+    m = m[(None,) * (2 - m.dim())] if m.dim() < 2 else m
     return m.expand(*batch[:-1], *([m.size(-3)] if m.dim() > 2 else [1]), *m.shape[-2:]).flatten(
         0, -4
     )

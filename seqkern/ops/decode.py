@@ -10,7 +10,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from seqkern.ops._attention_ops import MAX_HEAD
+from seqkern.ops._attention_checks import int32, number, positive
+from seqkern.ops._attention_ops import MAX_HEAD, refusal
 from seqkern.ops._checks import check_tensor
 from seqkern.ops._decode_checks import (
     MAX_SPLITS,
@@ -58,12 +59,8 @@ def choose(args: tuple) -> Choice:
 
 
 def _choose_by_cache(k_cache: Tensor, v_cache: Tensor) -> Choice:
-    if k_cache.device.type != "cuda":
-        return Choice("reference", f"no kernel of seqkern runs on {k_cache.device.type}")
-    if not HAS_TRITON:
-        return Choice("reference", "Triton is not installed")
-    if k_cache.dtype == torch.float64:
-        return Choice("reference", "the kernels add up in float32, too coarse for float64")
+    if reason := refusal(k_cache):
+        return Choice("reference", reason)
     if max(k_cache.size(3), v_cache.size(3)) > MAX_HEAD:
         return Choice("reference", f"a head over {MAX_HEAD} does not fit a block's memory")
     return Choice("triton", "seqkern's own kernels serve every feature on this device")
@@ -328,13 +325,13 @@ def attention_decode(
         check_tensor(op, "v_new", v_new)
     if q.dtype != k_cache.dtype and _autocasts(q):
         q = q.to(k_cache.dtype)
-    lens, slopes = _int32(op, "k_lens", k_lens), alibi_slopes
+    lens, slopes = int32(op, "k_lens", k_lens), alibi_slopes
     if isinstance(slopes, Tensor) and slopes.dtype.is_floating_point:
         slopes = slopes.float()
     left, right = _sides(op, window)
-    rule = causal, left, right, _positive(op, "softcap", softcap)
-    rule = *rule, _number(op, "scale", q.size(-1) ** -0.5 if scale is None else scale)
-    args = block_table, slopes, sinks, *rule, _count(op, splits)
+    rule = causal, left, right, positive(op, "softcap", softcap)
+    scale = q.size(-1) ** -0.5 if scale is None else number(op, "scale", scale)
+    args = block_table, slopes, sinks, *rule, scale, _count(op, splits)
     _check_all(q, k_cache, v_cache, lens, *args)
     if k_new is not None and v_new is not None:
         if _autocasts(q):
@@ -352,14 +349,6 @@ def _autocasts(q: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _int32(op: str, name: str, t: Tensor) -> Tensor:
-    check_tensor(op, name, t)
-    if t.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{op}: {name} must be of torch.int32 or torch.int64, got {t.dtype}")
-    # A length beyond any cache must not wrap into a valid one.
-    return t if t.dtype == torch.int32 else t.clamp(-1, 2**30).to(torch.int32)
-
-
 def _sides(op: str, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     if window is None:
         return -1, -1
@@ -372,20 +361,6 @@ def _sides(op: str, window: tuple[int | None, int | None] | None) -> tuple[int, 
             raise ValueError(f"{op}: window must hold no negative number, got {window!r}")
     left, right = window
     return -1 if left is None else left, -1 if right is None else right
-
-
-def _number(op: str, name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    return value
-
-
-def _positive(op: str, name: str, value: float | None) -> float:
-    if value is None:
-        return 0.0
-    if not _number(op, name, value) > 0:
-        raise ValueError(f"{op}: {name} must be positive or None, got {value}")
-    return float(value)
 
 
 def _count(op: str, splits: int | None) -> int:
