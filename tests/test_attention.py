@@ -278,8 +278,18 @@ def test_nested_tensors_with_holes() -> None:
     grads = torch.autograd.grad(o.values().sum(), leaves)
     torch.testing.assert_close(grads, torch.autograd.grad(torch.cat(alone).sum(), leaves))
     other = nested(leaves[2], torch.tensor([0, 1, 6, 7]))
-    with pytest.raises(ValueError, match=r"nested k and v must have the same lengths .*0, 2, 2, 3"):
+    with pytest.raises(ValueError, match=r"nested k and v must have the same lengths.*0, 2, 2, 3"):
         seqkern.attention_varlen(q, k, other)
+
+
+def test_nested_keys_and_values_that_were_made_one_by_one() -> None:
+    """Their sizes compare as different, though their lengths are equal."""
+    parts = [[draw(n, 4, 8) for n in (2, 3)] for _ in range(3)]
+    q, k, v = (torch.nested.nested_tensor(part, layout=torch.jagged) for part in parts)
+    o = seqkern.attention_varlen(q, k, v)
+    for actual, *one in zip(o.unbind(), *parts, strict=True):
+        one = [x[None].transpose(1, 2) for x in one]
+        torch.testing.assert_close(actual, seqkern.attention(*one)[0].transpose(0, 1))
 
 
 def test_heads_that_were_split_off_a_projection_join_without_a_copy() -> None:
@@ -378,6 +388,7 @@ def test_export() -> None:
         ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "no gradient"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p must be in"),
         ({"dropout_p": 0.5, "dropout_seed": "x"}, TypeError, "dropout_seed must be"),
+        ({"dropout_p": 0.5, "dropout_seed": 2**63}, ValueError, "dropout_seed must fit 64 bits"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

@@ -324,6 +324,9 @@ def test_explain() -> None:
         (cell,) = seqkern.explain(seqkern.nn.GRUCell(3, 5), torch.randn(2, 3))
     assert (cell.op, cell.dtype) == ("seqkern::recurrent_inference", torch.bfloat16)
     assert str(cell).startswith(f"layer 0: GRU bfloat16 T=1 B=2 I=3 H=5 D=1 on cpu: {kernel}")
+    (other,) = seqkern.explain(torch.nn.GRU(3, 5), x)
+    assert other.reason.endswith("; in the place of torch.nn's own")
+    assert "torch.nn" not in first.reason
     packed = pack_padded_sequence(x, [9, 4], batch_first=True)
     assert "T=ragged B=2" in str(seqkern.explain(layer, packed))
     with forward_ad.dual_level():

@@ -117,6 +117,22 @@ def test_an_exported_program_has_gradients_whatever_the_grad_mode_was(
     torch.testing.assert_close(gradients(program.requires_grad_(), x), expected)
 
 
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell"])
+def test_a_compiled_call_without_gradient_keeps_nothing_for_one(name: str) -> None:
+    """It is no export: its graph has the inference op."""
+    _, ours = build(name, 3, 4)
+    ops: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        ops.extend(str(node.target) for node in graph.graph.nodes if "seqkern" in str(node.target))
+        return graph
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(ours, fullgraph=True, backend=backend)(make_input(name))
+    assert ops == ["seqkern.recurrent_inference.default"]
+
+
 # ---- torch.func ---------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import torch
 from seqkern.tasks import translation
 from seqkern.tasks.data import Pair, read_parallel
 from seqkern.tasks.job import JobSpec, Parts
+from seqkern.tasks.lines import blank
 from seqkern.tasks.metrics import bleu, bleu_signature, perplexity
 from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.registry import make_job
@@ -220,6 +221,13 @@ def test_bleu():
         bleu([], [], "13a")
     with pytest.raises(ValueError, match=r"bleu must be a tokenisation of sacrebleu, .*'14b'"):
         bleu_signature("14b")
+
+
+def test_what_shows_nothing():
+    for text in ("", " \t", "\u200b", "\ufeff \u00ad", "\x00"):
+        assert blank(text)
+    for text in ("a", "\u3042", "\ue001", "\U0001fae8", "\u200ba"):  # of later Unicodes too
+        assert not blank(text)
 
 
 def test_perplexity_of_a_diverged_model():

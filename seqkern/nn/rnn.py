@@ -30,8 +30,8 @@ def refresh_weights(layer: torch.nn.RNNBase) -> None:
 
 
 class _Snapshot(NamedTuple):
-    """What ``prepack()`` took. Its own copy is None, so that however a layer is copied or pickled,
-    the copy begins without.
+    """What ``prepack()`` took. Its own copy is None, so that a deep copy or a pickle of a layer
+    begins without, however it is made.
 
     layers: the packed weights of every layer.
     direct: of a single layer what `prepacked_op` reads, where it has a kernel.
@@ -134,6 +134,9 @@ class _Recurrent(torch.nn.RNNBase):
 
     def _forward_direct(self, input: Tensor, hx: Any) -> Any:
         """`forward` on the snapshot; None for arguments that only the checks there can judge."""
+        packed = self._packed
+        if packed is None:  # another thread has dropped it
+            return None
         h_0, c_0 = hx, None
         if hx is not None:
             if self.mode == "LSTM":
@@ -144,7 +147,7 @@ class _Recurrent(torch.nn.RNNBase):
                 return None
         x = input.transpose(0, 1) if self.batch_first else input
         try:
-            y, h_n, c_n = prepacked_op(x, h_0, c_0, self._packed.direct)
+            y, h_n, c_n = prepacked_op(x, h_0, c_0, packed.direct)
         except RuntimeError:  # forward() says it in torch.nn's words
             return None
         y = y.transpose(0, 1) if self.batch_first else y
@@ -202,7 +205,7 @@ class _Recurrent(torch.nn.RNNBase):
             states[1] if len(states) == 2 else None,
             weights,
             batch_sizes=batch_sizes,
-            packed=None if self._packed is None else self._packed.layers[0],
+            packed=None if (packed := self._packed) is None else packed.layers[0],
         )
         return y, (h_n,) if c_n is None else (h_n, c_n)
 
@@ -227,7 +230,7 @@ class _Recurrent(torch.nn.RNNBase):
                 first[1] if len(first) == 2 else None,
                 weights[layer * n : (layer + 1) * n],
                 batch_sizes=batch_sizes,
-                packed=None if self._packed is None else self._packed.layers[layer],
+                packed=None if (packed := self._packed) is None else packed.layers[layer],
             )
             last.append((h_n,) if c_n is None else (h_n, c_n))
         return x, tuple(torch.cat(layers) for layers in zip(*last, strict=True))

@@ -197,7 +197,7 @@ def number(op: str, name: str, value: Any) -> float:
         if value.requires_grad:
             raise TypeError(f"{op}: {name} must be a number, or require no gradient: it has none")
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):
+    if not isinstance(value, Real | torch.SymFloat):  # a bool is 0 or 1, as for PyTorch
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     return float(value)
 

@@ -4,6 +4,7 @@ The reference serves every device; PyTorch's own function serves the CPU where i
 and Triton's kernels serve CUDA. `choose` decides, for the dispatch and for `seqkern.explain`.
 """
 
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -50,12 +51,19 @@ def refusal(t: Tensor) -> str | None:
         return "Triton is not installed"
     if t.dtype == torch.float64:
         return "the kernels add up in float32, too coarse for float64"
-    # `explain` may ask for a device that is not there.
-    if torch.version.hip is None and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(t.device)
-        if major < 8:
-            return f"the kernels need compute capability 8.0, and this GPU has {major}.{minor}"
+    major, minor = _capability(t.get_device())
+    if major < 8:
+        return f"the kernels need compute capability 8.0, and this GPU has {major}.{minor}"
     return None
+
+
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    """Of a GPU, asked for once; of AMD's, and where `explain` asks for one that is not there, a
+    sufficient one."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return 8, 0
+    return torch.cuda.get_device_capability(device)
 
 
 def choose(args: tuple, *, dlse: bool = False) -> Choice:

@@ -10,6 +10,12 @@ from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutogra
 from torch.autograd import forward_ad
 
 
+def exporting() -> bool:
+    """Whether torch.export takes a graph. Not by torch.compiler.is_exporting(), which torch.compile
+    folds to True in torch 2.11 (pytorch issue 176347)."""
+    return torch.compiler._is_exporting_flag
+
+
 def through_reference(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor | None],

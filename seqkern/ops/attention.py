@@ -79,7 +79,8 @@ def attention(
     Returns:
         o (B, H, Tq, Dv) in q's dtype, in q's order in memory; with `return_lse` also lse
         (B, H, Tq), float32 (float64 for float64), natural logarithm, differentiable. A query to
-        which nothing is left gives o = 0, takes no gradient, and its lse is -inf or its sink.
+        which nothing is left gives o = 0, takes no gradient, and its lse is -inf or its sink, but
+        -inf beyond `q_lens`.
 
     Under torch.autocast q, k and v are cast to its dtype, unless they are float64.
 
@@ -131,8 +132,7 @@ def attention_varlen(
     Args:
         q: (Nq, H, D), the queries of all sequences; or a nested tensor (B, j, H, D) of the jagged
             layout.
-        k, v: (Nk, Hkv, D) and (Nk, Hkv, Dv), or nested like q, both with the same lengths (the
-            same offsets).
+        k, v: (Nk, Hkv, D) and (Nk, Hkv, Dv), or nested like q, both with the same lengths.
         cu_q, cu_k: (B + 1,) int32 or int64: sequence b is rows cu[b] up to cu[b + 1]. Absent for
             nested tensors, which know.
         max_q, max_k: at least the longest sequence; found from cu_q and cu_k if None, for which a
@@ -153,10 +153,11 @@ def attention_varlen(
             raise ValueError(f"{name}: nested tensors hold their bounds: leave out cu_q and cu_k")
         given = {"q": q, "k": k, "v": v}
         (q, cu_q), (k, cu_k), (v, cu_v) = (_unnest(name, n, t) for n, t in given.items())
-        if given["k"].size(1) != given["v"].size(1):
+        # Tensors made one by one have sizes that compare as different, whatever they are.
+        if given["k"].size(1) != given["v"].size(1) and not torch.equal(cu_k, cu_v):
             raise ValueError(
-                f"{name}: nested k and v must have the same lengths (the same offsets), got the "
-                f"bounds {cu_k.tolist()} and {cu_v.tolist()}"
+                f"{name}: nested k and v must have the same lengths, got the bounds "
+                f"{cu_k.tolist()} and {cu_v.tolist()}"
             )
     offsets = cu_q
     if cu_q is None or cu_k is None:
@@ -193,7 +194,7 @@ def scaled_dot_product_attention(
     """torch.nn.functional.scaled_dot_product_attention, with its arguments and its meaning.
 
     Besides: a row with nothing left is zeros on every device, the gradient of `attn_mask` is
-    taken by the fused kernels, and the result can be derived twice.
+    taken by a fused kernel on a GPU, and the result can be derived twice.
 
     Args:
         query: (..., H, Tq, D).
@@ -327,6 +328,8 @@ def _seed(name: str, q: Tensor, seed: int | Tensor) -> Tensor:
         return seed
     if not isinstance(seed, int):
         raise TypeError(f"{name}: dropout_seed must be an int or a Tensor, got {seed!r}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{name}: dropout_seed must fit 64 bits, got {seed}")
     # Not torch.tensor, which copies from the host: a CUDA graph cannot hold that.
     return torch.full((1,), seed, dtype=torch.int64, device=q.device)
 

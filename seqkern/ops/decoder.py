@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from seqkern.ops._checks import check_shape
@@ -16,7 +16,7 @@ from seqkern.ops._decoder_checks import (
     check_decoder_backward,
     check_public,
 )
-from seqkern.ops._derivatives import recorded
+from seqkern.ops._derivatives import exporting, recorded
 from seqkern.ops.choice import Choice, has_native_kernel
 from seqkern.reference import decoder as reference
 from seqkern.reference.recurrent import accumulation_dtype, keep_dtypes
@@ -221,7 +221,7 @@ def _call(args: tuple) -> tuple[Tensor, ...]:
         return reference.attention_decoder(*args)[:GRADS]
     # A graph that torch.export takes may be trained whatever the grad mode is now, and only the
     # training op has an Autograd kernel.
-    if not (is_exporting() or recorded(args[i] for i in DERIVED)):
+    if not (exporting() or recorded(args[i] for i in DERIVED)):
         return _inference_op(*args)
     return (_training_op if compiling else Decoder.apply)(*args)[:GRADS]
 

@@ -57,9 +57,9 @@ def explain(layer: Any, *inputs: Any, **options: Any) -> Explanations:
     The answer holds for the present grad mode and autocast settings; nothing is run.
 
     Args:
-        layer: a recurrent layer or cell of seqkern.nn or torch.nn; or a module or a function that
-            attends, such as seqkern.attention, seqkern.additive_attention or
-            seqkern.nn.MultiheadAttention.
+        layer: a recurrent layer or cell of seqkern.nn, or of torch.nn, for which the answer is
+            what seqkern.nn's of its sizes would run; or a module or a function that attends, such
+            as seqkern.attention, seqkern.additive_attention or seqkern.nn.MultiheadAttention.
         inputs: what it would be called with. A recurrent layer needs no states: (T, B, I),
             (B, T, I) if batch_first, (T, I) or a PackedSequence; a cell (B, I) or (I,).
         options: keywords of the call.
@@ -104,6 +104,8 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
     if not cell and snapshot and layer._is_direct(input):
         op = "recurrent_prepacked"
     choice, lines = _recurrent_choice(op, mode, x, dtype, layer.hidden_size, bool(proj)), []
+    if type(layer).__module__.startswith("torch.nn"):
+        choice = replace(choice, reason=f"{choice.reason}; in the place of torch.nn's own")
     if snapshot:
         choice = replace(choice, reason=f"{choice.reason}; on the weights of prepack()")
     for i in range(getattr(layer, "num_layers", 1)):

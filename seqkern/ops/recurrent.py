@@ -19,7 +19,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from seqkern.ops import _recurrent_block as block
 from seqkern.ops import _recurrent_steps as steps
@@ -30,6 +30,7 @@ from seqkern.ops._checks import (
     check_recurrent_backward,
     weight_names,
 )
+from seqkern.ops._derivatives import exporting
 from seqkern.ops._recurrent_autograd import register, training
 from seqkern.ops.choice import has_native_kernel
 from seqkern.reference import recurrent as reference
@@ -268,14 +269,14 @@ def needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tenso
     if not torch.is_grad_enabled():
         # A graph outlives the grad mode that it was taken in. Only the training op has an Autograd
         # kernel: the inference op would cut the tape where the graph is trained.
-        return is_exporting()
+        return exporting()
     if x.requires_grad or h0.requires_grad or (c0 is not None and c0.requires_grad):
         return True
     for w in weights:
         if w.requires_grad:
             return True
     # Inside torch.func transforms the outermost tensor does not tell what the inner ones need.
-    return _are_functorch_transforms_active() or is_exporting()
+    return _are_functorch_transforms_active() or exporting()
 
 
 def unobserved() -> bool:

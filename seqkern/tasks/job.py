@@ -41,7 +41,7 @@ class JobSpec:
     """All that decides a model and its data, besides how it is trained; plain values.
 
     Args:
-        model: a name of the registry, as "lstm-lm".
+        model: a name of the registry, as "rnnlm".
         task: a corpus known by name ("trec"), a format of the user's own file ("pairs"), or data
             that is generated ("retrieval"); each job says which it knows.
         data: the folder of the corpora, or the user's file or folder; "" where none is needed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def lines_of(
 
 def blank(text: str) -> bool:
     """Whether a text shows nothing: white space, and signs of no width, which strip() keeps."""
-    return not any(c.isprintable() and not c.isspace() for c in text)
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def malformed(path: str | Path, number: int, expected: str, line: str) -> ValueError:

@@ -281,7 +281,7 @@ RECIPES: dict[str, Recipe] = {
         score="sequence_error",
         target=0.40,
         published="no paper's split; 0.28 to 0.33 are known of larger models on others",
-        source="docs/demo.md",
+        source="an estimate",
         evaluate={"beam": 4},
     ),
     "transformer-cmudict": Recipe(
@@ -290,7 +290,7 @@ RECIPES: dict[str, Recipe] = {
         score="sequence_error",
         target=0.40,
         published="no paper's split; the target is that of g2p",
-        source="docs/demo.md",
+        source="an estimate",
         sizes={"width": 128, "heads": 4, "ffn": 512, "depth": 3, "norm_first": True},
         reading={"smoothing": 0.1},
         options={"steps": 4000, "lr": 2e-3, "beta2": 0.98, "schedule": "cosine"},

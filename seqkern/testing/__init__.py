@@ -1,4 +1,4 @@
-"""Cases and tolerances for testing the ops, shared by tests, benchmarks and users."""
+"""Cases and tolerances for testing the ops, shared by tests and users."""
 
 from seqkern.testing.additive import additive_case as additive_case
 from seqkern.testing.attention import attention_case as attention_case
