@@ -9,6 +9,7 @@ from torch import Tensor
 
 import seqkern
 from benchmarks import memory
+from benchmarks.device import clock
 from benchmarks.paired import seconds_of_one_call
 
 OURS, EAGER = "seqkern", "eager"
@@ -177,7 +178,7 @@ def tanh_rate(device: str) -> float:
     """tanh a second: on a GPU what its units can do, on a CPU what torch.tanh does in the cache."""
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        return _HARDWARE_TANH * properties.multi_processor_count * properties.clock_rate * 1e3
+        return _HARDWARE_TANH * properties.multi_processor_count * clock()
     x = torch.randn(4096)
     out = torch.empty_like(x)
     return x.numel() / seconds_of_one_call(lambda: torch.tanh(x, out=out))

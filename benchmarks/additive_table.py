@@ -1,4 +1,4 @@
-"""The table of a run of bench_additive.py: `python -m benchmarks.additive_table RESULTS.json`."""
+"""The table of a run of bench_additive.py: `python -m benchmarks.additive_table RECORDS`."""
 
 from statistics import median
 
@@ -28,7 +28,7 @@ def line(record: dict) -> str:
 
 def main() -> None:
     """Prints a line for each case."""
-    print_table("python -m benchmarks.additive_table", "tanhs", line)
+    print_table("python -m benchmarks.additive_table", line)
 
 
 if __name__ == "__main__":

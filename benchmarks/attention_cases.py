@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import seqkern
+from benchmarks.device import l2_bytes
 
 OURS, EAGER = "seqkern", "eager"
 # FlexAttention compiles anew for every shape, which takes more than all the timing: it enters
@@ -73,21 +76,22 @@ class Case:
 
 
 def gpu_cases() -> list[Case]:
-    """What an H200 is measured on; 16k tokens a call."""
-    cases = []
+    """What an H200 is measured on; 16k tokens a call. The many plain ones come last, where time
+    may run out."""
+    cases = [Case("decode", B, 32, 8, T, 128) for B, T in ((1, 4096), (8, 2048), (32, 2048))]
+    cases += [Case("decode", 64, 32, 8, 8192, 128)]
+    cases += [Case("bias", 8192 // T, 12, 12, T, 64, False, True) for T in (512, 1024, 2048)]
+    for T in (512, 2048, 4096):
+        for backward in (False, True):
+            cases.append(Case("padded", 16384 // T, 16, 16, T, 64, False, backward))
+            cases.append(Case("padded", 16384 // T, 16, 4, T, 128, True, backward))
     for D in (64, 128, 256):
         for T in (512, 2048, 4096, 8192, 16384):
             for causal in (False, True):
                 for backward in (False, True):
                     H = 2048 // D
                     cases.append(Case("plain", 16384 // T, H, H, T, D, causal, backward))
-    for T in (512, 2048, 4096):
-        for backward in (False, True):
-            cases.append(Case("padded", 16384 // T, 16, 16, T, 64, False, backward))
-            cases.append(Case("padded", 16384 // T, 16, 4, T, 128, True, backward))
-    cases += [Case("bias", 8192 // T, 12, 12, T, 64, False, True) for T in (512, 1024, 2048)]
-    cases += [Case("decode", B, 32, 8, T, 128) for B, T in ((1, 4096), (8, 2048), (32, 2048))]
-    return [*cases, Case("decode", 64, 32, 8, 8192, 128)]
+    return cases
 
 
 def cpu_cases() -> list[Case]:
@@ -102,7 +106,11 @@ def cpu_cases() -> list[Case]:
 
 @dataclass
 class Problem:
-    """The inputs of a case, on a device."""
+    """The inputs of a case, on a device.
+
+    caches: of decoding, keys and values that `step` puts in the place of k and v in turn. Equal
+        ones, too many for the L2 cache, which would else hold what a real step has to read.
+    """
 
     case: Case
     q: Tensor
@@ -112,6 +120,7 @@ class Problem:
     bias: Tensor | None
     lens: Tensor | None
     mask: Tensor | None
+    caches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -130,13 +139,17 @@ def make_problem(case: Case, device: str) -> Problem:
     k, v = (draw(case.B, case.Hkv, case.T, case.D) for _ in range(2))
     bias = draw(1, case.H, case.T, case.T) if case.kind == "bias" else None
     lens = mask = None
-    if case.kind == "padded":
+    if case.kind in ("padded", "decode"):
         lens = torch.tensor(case.lengths, dtype=torch.int32, device=device)
+    if lens is not None and case.kind == "padded":
         mask = (torch.arange(case.T, device=device) < lens[:, None])[:, None, None, :]
         if case.causal:
             mask = mask & torch.ones(case.T, case.T, dtype=torch.bool, device=device).tril()
-        mask = mask.expand(-1, -1, case.T, -1)
-    return Problem(case, q, k, v, torch.randn_like(q), bias, lens, mask)
+    p = Problem(case, q, k, v, torch.randn_like(q), bias, lens, mask)
+    if case.kind == "decode":
+        copies = math.ceil(2 * l2_bytes() / case.cache_bytes)
+        p.caches = [(k, v), *((k.clone(), v.clone()) for _ in range(copies))]
+    return p
 
 
 def eager(p: Problem) -> Tensor:
@@ -165,9 +178,8 @@ def sdpa(p: Problem) -> Tensor:
 
 def ours(p: Problem) -> Tensor:
     """seqkern's function for the case."""
-    if p.case.kind == "decode":
-        lens = torch.full((p.case.B,), p.case.T, dtype=torch.int32, device=p.q.device)
-        return seqkern.attention_decode(p.q, p.k, p.v, k_lens=lens)
+    if p.case.kind == "decode" and p.lens is not None:
+        return seqkern.attention_decode(p.q, p.k, p.v, k_lens=p.lens)
     causal = "top_left" if p.case.causal else None
     return seqkern.attention(
         p.q, p.k, p.v, causal=causal, bias=p.bias, q_lens=p.lens, k_lens=p.lens
@@ -184,7 +196,7 @@ def flex(p: Problem) -> Callable[[], Tensor]:
 
         def live(b, h, i, j):
             keep = i >= j if case.causal else i >= 0
-            return keep if lens is None else keep & (j < lens[b])
+            return keep if lens is None else keep & (i < lens[b]) & (j < lens[b])
 
         B = None if lens is None else case.B
         block = create_block_mask(live, B, None, case.queries, case.T, device=str(p.q.device))
@@ -199,21 +211,17 @@ def flex(p: Problem) -> Callable[[], Tensor]:
     return lambda: compiled(p.q, p.k, p.v, score, block, enable_gqa=gqa)
 
 
-def on_backend(p: Problem, backend: SDPBackend) -> Callable[[], Tensor]:
-    """PyTorch's function on one of its kernels."""
-
-    def call() -> Tensor:
-        with sdpa_kernel(backend):
-            return sdpa(p)
-
-    return call
+def on_backend(name: str) -> AbstractContextManager:
+    """In which PyTorch's function takes the kernel of a contestant, if that is one of them. It is
+    not entered in every call: that takes as long as a short one."""
+    return sdpa_kernel(BACKENDS[name]) if name in BACKENDS else nullcontext()
 
 
 def forwards(p: Problem) -> dict[str, Callable[[], Tensor]]:
-    """Everyone's forward; some may refuse the case when called."""
+    """Everyone's forward, each to be called in its `on_backend`; some may refuse the case then."""
     calls = {OURS: lambda: ours(p), EAGER: lambda: eager(p)}
     if p.q.is_cuda:
-        calls |= {name: on_backend(p, backend) for name, backend in BACKENDS.items()}
+        calls |= {name: lambda: sdpa(p) for name in BACKENDS}
         if FLEX_LENGTHS.get(p.case.kind) == p.case.T:
             calls["flex"] = flex(p)
     else:
@@ -223,6 +231,14 @@ def forwards(p: Problem) -> dict[str, Callable[[], Tensor]]:
 
 def step(p: Problem, forward: Callable[[], Tensor]) -> Callable[[], Any]:
     """What is timed."""
+    if p.caches:
+        caches = cycle(p.caches)
+
+        def decode() -> Tensor:
+            p.k, p.v = next(caches)
+            return forward()
+
+        return decode
     if not p.case.backward:
         return forward
     return lambda: torch.autograd.grad(forward(), p.inputs, p.do)

@@ -1,11 +1,12 @@
-"""The table of a run of bench_attention.py: `python -m benchmarks.attention_table RESULTS.json`."""
+"""The table of a run of bench_attention.py: `python -m benchmarks.attention_table RECORDS`."""
 
 import argparse
-import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from benchmarks import records
 from benchmarks.attention_cases import EAGER, OURS, Case
 from benchmarks.paired import ratio
 
@@ -18,7 +19,7 @@ def line(record: dict) -> str:
     if case.kind == "decode":
         bandwidth = record["cache_bytes"] / seconds
         share = bandwidth / record["copy_bandwidth"]
-        rate = f"{bandwidth / 1e9:7.0f} GB/s, {share:.0%} of a copy's"
+        rate = f"{bandwidth / 1e9:7.0f} GB/s, {share:.0%} of a copy's, with the call itself"
     else:
         rate = f"{record['flop'] / seconds / 1e12:7.1f} TFLOP/s"
     peers = {name: ratio(s, samples[OURS]) for name, s in samples.items() if name != OURS}
@@ -28,19 +29,22 @@ def line(record: dict) -> str:
     return f"{case!s:45} {seconds * 1e6:10.0f} us {rate}  best peer {best}; {others}"
 
 
-def print_table(prog: str, field: str, line: Callable[[dict], str]) -> None:
-    """Prints a line for each record, of a file named on the command line, that has `field`."""
+def print_table(prog: str, line: Callable[[dict], str]) -> None:
+    """Prints a line for each record of a file named on the command line, and what was left out."""
     parser = argparse.ArgumentParser(prog=prog)
-    parser.add_argument("results", type=Path, help="pytest-benchmark's JSON")
-    data = json.loads(parser.parse_args().results.read_text())
-    for benchmark in data["benchmarks"]:
-        if field in benchmark["extra_info"]:
-            print(line(benchmark["extra_info"]))
+    parser.add_argument("records", type=Path, help="what --records wrote, or pytest-benchmark")
+    found = records.load(parser.parse_args().records)
+    for record in found:
+        if "samples" in record:
+            print(line(record))
+    left = Counter(record["left_out"] for record in found if "left_out" in record)
+    for reason, n in left.most_common():
+        print(f"{n} cases left out: {reason}")
 
 
 def main() -> None:
     """Prints a line for each case."""
-    print_table("python -m benchmarks.attention_table", "flop", line)
+    print_table("python -m benchmarks.attention_table", line)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Times attention: seqkern and everyone else, interleaved in one process, on the same inputs.
 
 On a GPU the whole list; without one a dry run of small sizes, which shows that the suite works and
-nothing about the kernels. `python -m benchmarks.attention_table RESULTS.json` makes the table.
+nothing about the kernels. `python -m benchmarks.attention_table FILE` makes the table of what
+`--records FILE` wrote; `--within SECONDS` leaves out what has not begun by then.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks import device
+from benchmarks import device, records
 from benchmarks.attention_cases import (
     EAGER,
     OURS,
@@ -22,6 +25,7 @@ from benchmarks.attention_cases import (
     forwards,
     gpu_cases,
     make_problem,
+    on_backend,
     step,
 )
 from benchmarks.bench_recurrent import race
@@ -30,7 +34,19 @@ from benchmarks.device import DEVICE, GPU, repeated
 
 CASES = gpu_cases() if GPU else cpu_cases()
 
-pytestmark = [pytest.mark.gpu] if GPU else []
+# What PyTorch warns of in a peer is printed and does not fail the case.
+QUIET = pytest.mark.filterwarnings("default")
+pytestmark = [QUIET, pytest.mark.gpu] if GPU else [QUIET]
+
+
+def under(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same call with a contestant's kernel chosen, around all of its repeats."""
+
+    def switched() -> Any:
+        with on_backend(name):
+            return call()
+
+    return switched
 
 
 def entrants(p: Problem) -> tuple[dict[str, Contestant], dict[str, int], dict[str, str]]:
@@ -40,14 +56,16 @@ def entrants(p: Problem) -> tuple[dict[str, Contestant], dict[str, int], dict[st
     for name, forward in forwards(p).items():
         run = step(p, forward)
         try:
-            run()
+            under(name, run)()
         except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
             if name == OURS:
                 raise
             refused[name] = str(error).strip().splitlines()[0][:200]
             continue
-        repeat, calls[name] = repeated(run)
-        entries[name] = Contestant(name, repeat, lambda forward=forward: {"o": forward()})
+        with on_backend(name):
+            repeat, calls[name] = repeated(run)
+        outputs = under(name, lambda forward=forward: {"o": forward()})
+        entries[name] = Contestant(name, under(name, repeat), outputs)
     return entries, calls, refused
 
 
@@ -57,7 +75,7 @@ def check(p: Problem, entries: dict[str, Contestant]) -> float:
 
     def error(o: Tensor) -> float:
         difference = (o.detach().float() - expected).abs()
-        if p.lens is not None:
+        if p.lens is not None and p.mask is not None:
             # The others compute something for queries beyond the end; we give zeros.
             beyond = torch.arange(p.case.T, device=o.device) >= p.lens[:, None]
             difference = difference.masked_fill(beyond[:, None, :, None], 0)
@@ -82,6 +100,8 @@ def test_case(
     copy_bandwidth: float,
     pytestconfig: pytest.Config,
 ) -> None:
+    record: dict[str, Any] = {"case": asdict(case), "device": device.name()}
+    records.leave_out_if_late(pytestconfig, record)
     torch.compiler.reset()
     p = make_problem(case, DEVICE)
     entries, calls, refused = entrants(p)
@@ -90,16 +110,16 @@ def test_case(
     benchmark.group = case.kind
     names = [OURS, *(name for name in entries if name != OURS)]
     samples = race(benchmark, [entries[n] for n in names], pytestconfig.option.budget)
-    benchmark.extra_info.update(
-        case=asdict(case),
-        flop=case.flop,
-        cache_bytes=case.cache_bytes,
-        copy_bandwidth=copy_bandwidth,
-        error_over_budget=round(error, 3),
-        device=device.name(),
-        refused=refused,
-        samples={
+    record |= {
+        "flop": case.flop,
+        "cache_bytes": case.cache_bytes,
+        "copy_bandwidth": copy_bandwidth,
+        "error_over_budget": round(error, 3),
+        "refused": refused,
+        "samples": {
             name: {"wall_us": [1e6 * s / calls[name] for s in sample.wall]}
             for name, sample in zip(names, samples, strict=True)
         },
-    )
+    }
+    records.keep(pytestconfig, record)
+    benchmark.extra_info.update(record)

@@ -8,12 +8,9 @@ line for every cell as it is done, of which `python -m benchmarks.recurrent_gpu_
 table.
 """
 
-import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import seqkern
 import seqkern.nn
-from benchmarks import device, recurrent_gpu_cases
+from benchmarks import device, records, recurrent_gpu_cases
 from benchmarks.bench_recurrent import race
 from benchmarks.cells import Cell, Row
 from benchmarks.check import check
@@ -51,8 +48,6 @@ from benchmarks.recurrent_gpu_limits import Rates, measure
 
 # The reference runs a kernel for every operation of every step, so it is timed on short sequences.
 LONGEST_REFERENCE = 128
-
-START = time.monotonic()
 
 # What PyTorch warns of in a peer is printed and does not fail the cell.
 QUIET = pytest.mark.filterwarnings("default")
@@ -155,17 +150,8 @@ def explained(cell: Cell, problem: Problem) -> tuple[list[str], list[str]]:
     return [line.kernel for line in told], [line.reason for line in told]
 
 
-def keep(config: pytest.Config, record: dict) -> None:
-    """Adds a record to the file of --records at once: a run that hangs later leaves it behind."""
-    if config.option.records:
-        with Path(config.option.records).open("a") as file:
-            file.write(json.dumps(record, separators=(",", ":")) + "\n")
-
-
-def reason_to_leave_out(cell: Cell, kernels: list[str], within: float) -> str | None:
+def reason_to_leave_out(cell: Cell, kernels: list[str]) -> str | None:
     """Why a cell is not timed, or None."""
-    if time.monotonic() - START > within:
-        return f"not begun within {within:g} s"
     if "reference" in kernels and cell.T > LONGEST_REFERENCE:
         return f"the reference is not timed beyond T {LONGEST_REFERENCE}"
     return None
@@ -178,23 +164,19 @@ def test_cell(
     rates: Rates | None,
     pytestconfig: pytest.Config,
 ) -> None:
-    options = pytestconfig.option
     record: dict[str, Any] = {"row": row.key, "cell": asdict(cell), "device": device.name()}
-    if reason := reason_to_leave_out(cell, [], options.within):
-        keep(pytestconfig, record | {"left_out": reason})
-        pytest.skip(reason)
+    records.leave_out_if_late(pytestconfig, record)
     problem = make_problem(cell, device=device.DEVICE)
     with torch.set_grad_enabled(cell.kind == "training"):
         kernels, reasons = explained(cell, problem)
         record |= {"kernels": kernels, "reasons": reasons}
-        if reason := reason_to_leave_out(cell, kernels, options.within):
-            keep(pytestconfig, record | {"left_out": reason})
-            pytest.skip(reason)
+        if reason := reason_to_leave_out(cell, kernels):
+            records.leave_out(pytestconfig, record, reason)
         entries, calls, refused = entrants(row, cell, problem)
         with flags_of(TORCH):  # also of the yardstick that check adds where torch.nn refused
             error = check(cell, problem, entries)
         device.wait()
-        samples = race(benchmark, entries, options.budget)
+        samples = race(benchmark, entries, pytestconfig.option.budget)
     benchmark.group = row.title
     record |= {
         "error_over_budget": round(error, 3),
@@ -205,5 +187,5 @@ def test_cell(
             for entry, sample in zip(entries, samples, strict=True)
         },
     }
-    keep(pytestconfig, record)
+    records.keep(pytestconfig, record)
     benchmark.extra_info.update(record)

@@ -17,6 +17,22 @@ def name() -> str:
     return torch.cuda.get_device_name() if GPU else "cpu"
 
 
+def clock() -> float:
+    """Hz of the GPU's multiprocessors. Builds of PyTorch for CUDA 13 may not say it."""
+    kilohertz = getattr(torch.cuda.get_device_properties(0), "clock_rate", None)
+    if kilohertz is None:
+        from triton.runtime import driver
+
+        utils = driver.active.utils  # pyright: ignore
+        kilohertz = utils.get_device_properties(0)["sm_clock_rate"]
+    return 1e3 * kilohertz
+
+
+def l2_bytes() -> int:
+    """Of the GPU's L2 cache; 0 on a CPU, which nobody asks for a decoder's bandwidth."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if GPU else 0
+
+
 def wait() -> None:
     """Until everything queued on the device is done."""
     if GPU:

@@ -137,22 +137,28 @@ struct Bench {
     std::exit(1);
   }
 
-  void run(int R) {
-    const long long bytes = (long long)(kSliceRows)*R * s.plan.depth * 2;
-    std::printf("{\"exchange\": \"%s\", \"members\": %d, \"bytes\": %lld, ", name, s.plan.members,
-                bytes);
-    if (const char* refusal = set_up()) {
-      std::printf("\"refused\": \"%s\"}\n", refusal);
-      return;
-    }
+  double nanoseconds_per_step() {
     if (s.plan.words) check(cudaMalloc(&s.words, size_t(s.plan.words) * 8), "cudaMalloc");
     milliseconds(kWarmUp);
     std::vector<float> times;
     for (int i = 0; i < kRepeats; ++i) times.push_back(milliseconds(kSteps));
     std::sort(times.begin(), times.end());
-    std::printf("\"ns_per_step\": %.1f}\n", 1e6 * times[kRepeats / 2] / kSteps);
-    std::fflush(stdout);
     check(cudaFree(s.words), "cudaFree");
+    return 1e6 * times[kRepeats / 2] / kSteps;
+  }
+
+  // Prints once all is known, so that a failure leaves no half a line.
+  void run(int R) {
+    const char* refusal = set_up();
+    const double nanoseconds = refusal ? 0 : nanoseconds_per_step();
+    const long long bytes = (long long)(kSliceRows)*R * s.plan.depth * 2;
+    std::printf("{\"exchange\": \"%s\", \"members\": %d, \"bytes\": %lld, ", name, s.plan.members,
+                bytes);
+    if (refusal)
+      std::printf("\"refused\": \"%s\"}\n", refusal);
+    else
+      std::printf("\"ns_per_step\": %.1f}\n", nanoseconds);
+    std::fflush(stdout);
   }
 };
 

@@ -1,28 +1,32 @@
 #!/usr/bin/env bash
 # Builds, tests and measures seqkern on a GPU machine, against the torch that is found there.
 #
-#   benchmarks/gpu.sh [--dry-run] OUTDIR [build|test|bench|bench-recurrent|bench-recurrent=I/N]
+#   benchmarks/gpu.sh [--dry-run] OUTDIR [PART]
 #
-# Without PART the first four run in turn. Each ends within nine minutes and writes OUTDIR/PART.json
-# (status, seconds, counts) and OUTDIR/PART.log; bench adds pytest-benchmark's benchmarks.json,
-# bench-recurrent a line of recurrent.jsonl for each cell, and exchange.json where there is nvcc.
+# PART is one of build, test, sanitize, bench-attention, bench-additive, bench-recurrent, and
+# bench-recurrent=I/N.
+# Without it the first six run in turn. Each writes OUTDIR/PART.json (status, seconds, counts) and
+# OUTDIR/PART.log; the benchmarks add a line of attention.jsonl, additive.jsonl or recurrent.jsonl
+# for each cell as it is done, and bench-recurrent exchange.json where there is nvcc.
 # bench-recurrent takes cells that stand for the others; with I/N it is part I of N of all cells,
-# and its files are named by that. Nothing is downloaded and nothing outside OUTDIR and build/ is
-# written. A dry run, which is what a machine without a GPU gets, goes the same way on the CPU with
-# small benchmarks. PYTHON names another interpreter than python3.
+# and its files are named by that. A part is interrupted, and reports what it has, after LIMIT
+# seconds, nine minutes by default; a single part ends a minute later, also where it builds first.
+# Nothing is downloaded and nothing outside OUTDIR and build/ is written. A dry run, which is what a
+# machine without a GPU gets, goes the same way on the CPU with small benchmarks. PYTHON names
+# another interpreter than python3.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
-LIMIT=540
+LIMIT=${LIMIT:-540}
 ENVIRONMENT=$PWD/build/gpu-env
 PYTHON=${PYTHON:-python3}
 DRY=0
 
-usage() { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }
+usage() { sed -n '4p;6,7p' "$0" | cut -c3- >&2; exit 2; }
 if [ "${1:-}" = --dry-run ]; then DRY=1; shift; fi
 [ $# -ge 1 ] && [ $# -le 2 ] || usage
-PARTS='^(build|test|bench|bench-recurrent(=[1-9][0-9]*/[1-9][0-9]*)?|all)$'
-[[ ${2:-all} =~ $PARTS ]] || usage
+PARTS="build test sanitize bench-attention bench-additive bench-recurrent"
+[[ ${2:-all} =~ ^(${PARTS// /|}|bench-recurrent=[1-9][0-9]*/[1-9][0-9]*|all)$ ]] || usage
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 1
 PART=${2:-all}
 
@@ -63,22 +67,28 @@ print(*dict.fromkeys(folders), sep="\n")' >"$site/packages.pth"
 
 pytest() { OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$ENVIRONMENT/bin/python" -m pytest "$@"; }
 
-test_part() { pytest -m gpu --junitxml="$OUT/test.xml" tests; }
+# The tests of FILES..., as part PART. Most of their time goes into compiling for the GPU and into
+# references, which a core each shortens.
+gpu_tests() {
+  local part=$1 workers parallel=()
+  shift
+  if "$ENVIRONMENT/bin/python" -c 'import xdist' 2>/dev/null; then
+    workers=$(nproc)
+    parallel=(-n $((workers < 12 ? workers : 12)) --dist worksteal)
+  else
+    echo "gpu.sh: no pytest-xdist, so the tests run one after another"
+  fi
+  pytest -m gpu -v "${parallel[@]}" --junitxml="$OUT/$part.xml" "$@"
+}
 
+# Of SUITE, whose records are written one by one; what has not begun in time is left out.
 bench() {
-  local selection=(benchmarks/bench_attention.py benchmarks/bench_additive.py)
-  [ "$DRY" = 0 ] || selection+=(--grid tiny)
-  # With no benchmark selected there is nothing to save, which status 5 says already. The compiler
-  # of PyTorch, which is a peer, uses parts of PyTorch that are deprecated.
-  pytest --junitxml="$OUT/bench.xml" --benchmark-json="$OUT/benchmarks.json" --budget=0.5 \
-    -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning -W ignore::DeprecationWarning \
-    "${selection[@]}"
-  local status=$?
-  "$ENVIRONMENT/bin/python" -m benchmarks.attention_table "$OUT/benchmarks.json" || return 1
-  "$ENVIRONMENT/bin/python" -m benchmarks.additive_table "$OUT/benchmarks.json" || return 1
-  [ "$DRY" = 1 ] || return "$status"
-  "$ENVIRONMENT/bin/python" -m benchmarks --grid tiny --row "$ROW" --budget 0.01 --out "$OUT" ||
-    return 1
+  local selection=() status=0
+  [ "$DRY" = 0 ] || selection=(--grid tiny)
+  : >"$OUT/$1.jsonl"
+  pytest --junitxml="$OUT/bench-$1.xml" --records="$OUT/$1.jsonl" --budget=0.5 --within=400 \
+    --benchmark-quiet "${selection[@]}" "benchmarks/bench_$1.py" || status=$?
+  "$ENVIRONMENT/bin/python" -m "benchmarks.$1_table" "$OUT/$1.jsonl" || return 1
   return "$status"
 }
 
@@ -91,11 +101,10 @@ exchange() {
 major, minor = torch.cuda.get_device_capability()
 print(f"sm_{major}{minor}" + "a" * (major >= 9))')
   timeout 60 "$nvcc" -O3 -std=c++17 "-arch=$arch" -Icsrc benchmarks/exchange.cu -o build/exchange &&
-    timeout 30 build/exchange >"$OUT/exchange.json"
+    timeout 30 build/exchange >"$OUT/exchange.tmp" && mv "$OUT/exchange.tmp" "$OUT/exchange.json"
 }
 
-# A slice's cells are many, so that what has not begun in time is left out, and said to be; the
-# records are written one by one, for a run that has to be ended.
+# As bench; a dry run is also one of the suite for CPUs.
 bench_recurrent() {
   local selection=(--grid quick) name=recurrent exchanges=() status=0
   if [ "$DRY" = 1 ]; then
@@ -116,6 +125,9 @@ bench_recurrent() {
     "${selection[@]}" benchmarks/bench_recurrent_gpu.py || status=$?
   "$ENVIRONMENT/bin/python" -m benchmarks.recurrent_gpu_table "${exchanges[@]}" \
     "$OUT"/recurrent*.jsonl || return 1
+  [ "$DRY" = 0 ] || [ -n "$SLICE" ] ||
+    "$ENVIRONMENT/bin/python" -m benchmarks --grid tiny --row "$ROW" --budget 0.01 --out "$OUT" ||
+    return 1
   return "$status"
 }
 
@@ -126,7 +138,7 @@ import json, pathlib, platform, sys, xml.etree.ElementTree as xml
 import torch
 
 part, status, seconds, dry, out = sys.argv[1], *map(int, sys.argv[2:5]), pathlib.Path(sys.argv[5])
-words = {0: "passed", 5: "nothing selected", 124: "out of time"}
+words = {0: "passed", 5: "nothing selected", 124: "out of time", 137: "out of time"}
 result = {
     "part": part,
     "status": words.get(status, "failed"),
@@ -147,9 +159,11 @@ print(f"gpu.sh: {part}: {result['status']}, {seconds} s")
 PY
 }
 
+# Interrupted as by a keyboard, pytest still says what failed and writes its report.
 run_part() {
-  local start=$SECONDS status
-  timeout "$LIMIT" bash -c "$2" >"$OUT/$1.log" 2>&1
+  local start=$SECONDS status limit=$LIMIT left=$((LIMIT + 35 - SECONDS))
+  [ "$PART" = all ] || [ "$left" -ge "$limit" ] || limit=$left
+  timeout -s INT -k 20 "$limit" bash -c "$2" >"$OUT/$1.log" 2>&1
   status=$?
   [ "$status" = 0 ] || tail -n 25 "$OUT/$1.log"
   record "$1" "$status" $((SECONDS - start)) && { [ "$status" = 0 ] || [ "$status" = 5 ]; }
@@ -160,15 +174,19 @@ SLICE=
 case "$PART" in bench-recurrent=*) SLICE=${PART#*=} PART=bench-recurrent ;; esac
 export PYTHONSAFEPATH=1
 export ENVIRONMENT PYTHON OUT DRY ROW SLICE
-export -f build pytest test_part bench exchange bench_recurrent
+export -f build pytest gpu_tests bench exchange bench_recurrent
 
 failed=0
-[ "$PART" = build ] || [ "$PART" = all ] || [ -x "$ENVIRONMENT/bin/python" ] || PART="build $PART"
-[ "$PART" != all ] || PART="build test bench bench-recurrent"
-for part in $PART; do
-  function=${part/-/_}
-  [ "$part" != test ] || function=test_part
-  [ "$part" != bench-recurrent ] || [ -z "$SLICE" ] || part+=-${SLICE/\//-of-}
-  run_part "$part" "$function" || failed=1
+parts=$PART
+[ "$PART" != all ] || parts=$PARTS
+[[ $parts == *build* ]] || [ -x "$ENVIRONMENT/bin/python" ] || parts="build $parts"
+for part in $parts; do
+  case "$part" in
+    build) run_part build build ;;
+    test) run_part test 'gpu_tests test tests/test_*_gpu.py' ;;
+    sanitize) run_part sanitize 'gpu_tests sanitize tests/test_gpu_sanitizer.py' ;;
+    bench-recurrent) run_part "$part${SLICE:+-${SLICE/\//-of-}}" bench_recurrent ;;
+    bench-*) run_part "$part" "bench ${part#bench-}" ;;
+  esac || failed=1
 done
 exit "$failed"

@@ -71,7 +71,7 @@ def measure() -> Rates:
         l2=device.copy_rate(properties.L2_cache_size // 3),
         launch=device.seconds_each(lambda: one.add_(1)),
         multiprocessors=properties.multi_processor_count,
-        clock=1e3 * properties.clock_rate,
+        clock=device.clock(),
         shared=properties.shared_memory_per_multiprocessor,
         l2_bytes=properties.L2_cache_size,
     )

@@ -23,6 +23,7 @@ sys.path.append(str(ROOT))
 from benchmarks import (
     additive_cases,
     additive_table,
+    bench_additive,
     cells,
     contestants,
     limits,
@@ -177,6 +178,19 @@ def test_gate_stops_a_peer_that_computes_something_else() -> None:
     broken = replace(peer, outputs=lambda: {k: v + 1e-3 for k, v in peer.outputs().items()})
     with pytest.raises(WrongResult, match="torch on LSTM"):
         check(SMALL, problem, [ours, broken])
+
+
+@pytest.mark.parametrize("T", [128, 1024])
+def test_gate_allows_a_peer_the_rounding_of_a_long_sequence(T: int) -> None:
+    cell = Cell("inference", "LSTM", "float32", B=1, T=T, H=3)
+    problem = contestants.make_problem(cell)
+    ours, peer = contestants.contestants(cell, problem, ("torch",))
+    off = replace(peer, outputs=lambda: {k: v + 2e-4 for k, v in peer.outputs().items()})
+    if T == 1024:
+        assert check(cell, problem, [ours, replace(off, name="other")]) <= 1
+        off = replace(peer, outputs=lambda: {k: v + 4e-4 for k, v in peer.outputs().items()})
+    with pytest.raises(WrongResult, match="torch on LSTM"):
+        check(cell, problem, [ours, off])
 
 
 def test_a_wrong_kernel_fails_the_benchmark(tmp_path: Path) -> None:
@@ -353,21 +367,34 @@ def test_suite_runs_and_its_results_survive_saving(tmp_path: Path) -> None:
 
 
 def test_additive_suite_runs_and_prints(tmp_path: Path) -> None:
-    results = tmp_path / "results.json"
-    done = run(
-        "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_additive.py", "--grid=tiny",
-        "--budget=0.02", f"--benchmark-json={results}",
+    # As the compiler of PyTorch warns on a GPU, where it makes an error of its own of an exception.
+    (tmp_path / "warns.py").write_text(
+        "import warnings\n"
+        "import torch\n"
+        "right = torch.compile\n"
+        "def warn(*args, **options):\n"
+        "    warnings.warn('TF32 is available but not enabled', stacklevel=2)\n"
+        "    return right(*args, **options)\n"
+        "torch.compile = warn\n"
+    )
+    results, lines = tmp_path / "results.json", tmp_path / "records.jsonl"
+    command = (
+        "pytest", "-q", "-p", "no:cacheprovider", "-p", "warns", "benchmarks/bench_additive.py",
+        "--grid=tiny", "--budget=0.02", f"--records={lines}",
         "-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning",
     )  # fmt: skip
+    done = run(*command, f"--benchmark-json={results}", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    records = [b["extra_info"] for b in json.loads(results.read_text())["benchmarks"]]
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert records == [b["extra_info"] for b in json.loads(results.read_text())["benchmarks"]]
     assert [additive_cases.Case(**r["case"]) for r in records] == additive_cases.tiny_cases()
     for record in records:
         assert 0 < record["error_over_budget"] <= 1
         assert len(record["samples"]["seqkern"]["wall_us"]) >= 3
-    done = run("benchmarks.additive_table", str(results))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("of the tanh rate") == len(records)
+    for path in (results, lines):
+        done = run("benchmarks.additive_table", str(path))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("of the tanh rate") == len(records)
 
 
 def test_additive_formulas_agree() -> None:
@@ -378,6 +405,16 @@ def test_additive_formulas_agree() -> None:
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(actual[name].double(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_additive_results_are_compared_by_their_largest_element() -> None:
+    eager = {"dv": torch.tensor([100.0, 0.001])}
+    near = {"dv": torch.tensor([100.0, 3.0])}
+    bench_additive.assert_one_formula({"eager": eager, "compiled": near})
+    for wrong in (106.0, math.nan):
+        far = {"dv": torch.tensor([wrong, 0.001])}
+        with pytest.raises(AssertionError, match="compiled: dv is"):
+            bench_additive.assert_one_formula({"eager": eager, "compiled": far})
 
 
 def test_additive_memory_sees_the_tensor_that_ours_never_makes() -> None:

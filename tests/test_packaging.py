@@ -295,17 +295,23 @@ def test_wheel_installs_and_runs_elsewhere(wheel, tmp_path):
     assert "seqkern::recurrent" in doctor.stdout
 
 
+GPU_PARTS = (
+    "build", "test", "sanitize", "bench-attention", "bench-additive", "bench-recurrent"
+)  # fmt: skip
+
+
 def test_gpu_script_runs_dry(tmp_path):
     script, out = ROOT / "benchmarks/gpu.sh", tmp_path / "out"
     done = run(script, "--dry-run", out, cwd=tmp_path, PYTHON=sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("build", "test", "bench", "bench-recurrent"):
+    for part in GPU_PARTS:
         result = json.loads((out / f"{part}.json").read_text())
         assert result["status"] in {"passed", "nothing selected"}, part
         assert result["dry_run"] is True
     measured = json.loads((out / "lstm-f32-inference-step.json").read_text())
     assert measured["benchmarks"]
-    assert "decode-full" in (out / "bench.log").read_text()
+    assert "decode-full" in (out / "bench-attention.log").read_text()
+    assert "of the tanh rate" in (out / "bench-additive.log").read_text()
     assert "A dry run" in (out / "bench-recurrent.log").read_text()
     done = run(
         script, "--dry-run", out, "bench-recurrent=2/12", cwd=tmp_path, PYTHON=sys.executable
@@ -315,12 +321,25 @@ def test_gpu_script_runs_dry(tmp_path):
     assert len((out / "recurrent-2-of-12.jsonl").read_text().splitlines()) == 2
     assert "seqkern::recurrent " in (out / "build.log").read_text()
 
+    # A part that is out of time still has the report of its tests.
+    (tmp_path / "endless.py").write_text(
+        "import time\ndef pytest_runtest_setup():\n    time.sleep(600)\n"
+    )
+    done = run(
+        script, "--dry-run", out, "bench-attention", cwd=tmp_path, PYTHON=sys.executable,
+        PYTHONPATH=str(tmp_path), PYTEST_ADDOPTS="-p endless", LIMIT="25",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    result = json.loads((out / "bench-attention.json").read_text())
+    assert result["status"] == "out of time"
+    assert "counts" in result
+
 
 def test_gpu_script_refuses_an_unknown_part(tmp_path):
     for part in ("everything", "bench-recurrent=0/3", "bench-recurrent=1/2/3"):
         done = run(ROOT / "benchmarks/gpu.sh", tmp_path, part, cwd=tmp_path)
         assert done.returncode == 2, part
-        assert "OUTDIR [build|test|bench|bench-recurrent|" in done.stderr
+        assert all(part in done.stderr for part in GPU_PARTS)
 
 
 @pytest.fixture

@@ -1,0 +1,127 @@
+"""The benchmark of attention as far as it goes without a GPU: it runs and prints, everyone computes
+the same problem, and a decoder's caches do not stay in the L2 cache."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+# The suites run from a checkout and are not installed. The path does not stay: with it, the folder
+# kernels/ would answer whoever looks for another package of that name.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import attention_cases as cases
+from benchmarks import bench_attention as suite
+from benchmarks.attention_cases import Case
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.remove(str(ROOT))
+
+PADDED = Case("padded", 3, 2, 2, 16, 8, dtype="float32")
+
+
+def run(*command: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """A Python module in a process of its own, with one thread."""
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_suite_runs_and_prints(tmp_path: Path) -> None:
+    # As PyTorch warns of a kernel that refuses a case.
+    (tmp_path / "warns.py").write_text(
+        "import warnings\n"
+        "import torch.nn.functional as F\n"
+        "right = F.scaled_dot_product_attention\n"
+        "def warn(*args, **options):\n"
+        "    warnings.warn('this kernel is not used because', stacklevel=2)\n"
+        "    return right(*args, **options)\n"
+        "F.scaled_dot_product_attention = warn\n"
+    )
+    lines = tmp_path / "records.jsonl"
+    command = (
+        "pytest", "-q", "-p", "no:cacheprovider", "-p", "warns", "benchmarks/bench_attention.py",
+        "--budget=0.01", f"--records={lines}",
+        "-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning",
+    )  # fmt: skip
+    done = run(*command, path=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [Case(**record["case"]) for record in records] == cases.cpu_cases()
+    assert all(list(r["samples"]) == ["seqkern", "eager", "sdpa"] for r in records)
+    done = run(*command, "--within=0", path=tmp_path)
+    assert "4 skipped" in done.stdout, done.stdout + done.stderr
+    done = run("benchmarks.attention_table", str(lines), path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best peer sdpa") == 4
+    assert "with the call itself" in done.stdout
+    assert "4 cases left out: not begun within 0 s" in done.stdout
+
+
+def test_a_mask_of_padding_has_no_queries() -> None:
+    p = cases.make_problem(PADDED, "cpu")
+    assert p.mask is not None
+    assert p.mask.shape == (3, 1, 1, 16)
+    for name, forward in cases.forwards(p).items():
+        entry = suite.Contestant(name, forward, lambda f=forward: {"o": f()})
+        peer = suite.Contestant("eager", forward, lambda: {"o": cases.eager(p)})
+        assert suite.check(p, {"seqkern": entry, "eager": peer}) <= 1, name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_skips_the_queries_of_padding_too(causal: bool, monkeypatch) -> None:
+    from torch.nn.attention import flex_attention
+
+    asked = []
+    monkeypatch.setattr(
+        flex_attention, "create_block_mask", lambda f, *sizes, device: asked.append(f)
+    )
+    p = cases.make_problem(Case("padded", 3, 2, 2, 16, 8, causal, dtype="float32"), "cpu")
+    cases.flex(p)
+    b, i, j = torch.meshgrid(torch.arange(3), torch.arange(16), torch.arange(16), indexing="ij")
+    n = torch.tensor(p.case.lengths)[:, None, None]
+    expected = (i < n) & (j < n) & ((i >= j) | (not causal))
+    assert torch.equal(asked[0](b, 0, i, j), expected)
+
+
+def test_decoding_goes_round_more_caches_than_the_l2_cache_holds(monkeypatch) -> None:
+    case = Case("decode", 2, 4, 2, 64, 8, dtype="float32")
+    l2 = case.cache_bytes * 5 // 2
+    monkeypatch.setattr(cases, "l2_bytes", lambda: l2)
+    p = cases.make_problem(case, "cpu")
+    expected, read = cases.exact(p), []
+
+    def forward() -> torch.Tensor:
+        read.append((p.k.data_ptr(), p.v.data_ptr()))
+        return cases.ours(p)
+
+    run = cases.step(p, forward)
+    for _ in range(12):
+        torch.testing.assert_close(run(), expected)
+    assert len(set(read[:6])) == 6
+    assert 6 * case.cache_bytes > 2 * l2
+    assert read[6:] == read[:6]
+
+
+def test_a_kernel_is_chosen_once_for_all_repeats(monkeypatch) -> None:
+    chosen, calls = [], []
+
+    @contextmanager
+    def choose(backend):
+        chosen.append(backend)
+        yield
+
+    monkeypatch.setattr(cases, "sdpa_kernel", choose)
+    suite.under("sdpa flash", lambda: [calls.append(1) for _ in range(9)])()
+    suite.under("seqkern", lambda: calls.append(1))()
+    assert chosen == [cases.BACKENDS["sdpa flash"]]
+    assert len(calls) == 10
