@@ -2,7 +2,6 @@
 the same problem, and a decoder's caches do not stay in the L2 cache."""
 
 import json
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,23 +16,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import attention_cases as cases
 from benchmarks import bench_attention as suite
 from benchmarks.attention_cases import Case
+from tests.benchmark_runs import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.remove(str(ROOT))
 
 PADDED = Case("padded", 3, 2, 2, 16, 8, dtype="float32")
-
-
-def run(*command: str, path: Path) -> subprocess.CompletedProcess[str]:
-    """A Python module in a process of its own, with one thread."""
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_the_suite_runs_and_prints(tmp_path: Path) -> None:

@@ -21,23 +21,11 @@ from benchmarks import recurrent_gpu_cases as cases
 from benchmarks import recurrent_gpu_limits as limits
 from benchmarks.check import WrongResult, check
 from benchmarks.recurrent_gpu_cases import CELLS, HALF, OURS, TF32, TORCH, GpuCell
+from tests.benchmark_runs import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.remove(str(ROOT))
 
 CELL = GpuCell("training", "LSTM", "float32", B=3, T=5, H=16)
-
-
-def run(*command: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """A Python module in a process of its own, with one thread."""
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def suite_run(*options: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
