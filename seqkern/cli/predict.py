@@ -39,19 +39,17 @@ def predict(
 def translate(
     checkpoint: Checkpoint,
     source: Annotated[
-        Path | None,
-        typer.Argument(help="a text a line; or standard input"),
+        Path | None, typer.Argument(help="a text a line; standard input where it is left out")
     ] = None,
     beam: Beam = 4,
     layers: Layers = None,
 ) -> None:
     """Print the model's answer to each line of a file, a line each; an empty line stays one."""
     with user_errors():
-        numbered = (
-            lines_of(sys.stdin.buffer.read(), "standard input")
-            if source is None
-            else read_lines(source)
-        )
+        if source is None:
+            numbered = lines_of(sys.stdin.buffer.read(), "standard input")
+        else:
+            numbered = read_lines(source)
         lines = [line for _, line in numbered]
         asked = [line for line in lines if not blank(line)]
         answers = iter(load_job(checkpoint, layers).predict(asked, beam=beam) if asked else [])

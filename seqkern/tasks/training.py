@@ -113,7 +113,7 @@ class Trainer:
             self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr_at(step, steps)
-        # A process takes every N-th batch, so that a text of N parts is one part for each.
+        # Each process takes every N-th batch: that of Windows, its own streams of the text.
         first = step * options.accumulate
         places = [(first + i) * self.world + self.rank for i in range(options.accumulate)]
         batches = [self.job.place(stream[place]) for place in places]

@@ -180,7 +180,8 @@ class TranslationJob(Job):
         return self._numbers.get(pair) or self._encoded(pair)
 
     def batches(self, batch_size: int, seed: int) -> Stream:
-        # What the dev and test parts would end a training with is found before it.
+        # An empty pair of the dev and test parts, or a scorer that is not there, is found before
+        # the training and not at its end.
         for pair in (*self.data.dev, *self.data.test):
             self._encoded(pair)
         self.scorer()
