@@ -66,9 +66,10 @@ $(VENV)/bin/python:
 	done; echo "seqkern: no Python 3.11 or later with the venv module: install it or set PYTHON"; exit 1
 
 # torch first and by its exact version: a range would be answered with another build of it.
+# setuptools_scm is what seqeval, a source package, builds with.
 $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 	$(PIP) torch==2.13.0
-	$(PIP) setuptools wheel ninja pybind11
+	$(PIP) setuptools setuptools_scm wheel ninja pybind11
 	@touch $@
 
 $(VENV)/.build: $(CSRC) setup.py $(VENV)/.torch
