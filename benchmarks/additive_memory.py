@@ -10,14 +10,15 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import additive_cases, memory
+import seqkern
+from benchmarks import memory
 from benchmarks.additive_cases import EAGER, Case, by_product, make_problem, step
 
 
 def peak(name: str, case: Case) -> int:
     """Bytes that one run adds to this process at its peak."""
     torch.set_num_threads(1)
-    function = by_product if name == EAGER else additive_cases.seqkern.additive_attention
+    function = by_product if name == EAGER else seqkern.additive_attention
 
     def run_of(case: Case):
         p = make_problem(case, "cpu")

@@ -32,7 +32,7 @@ def line(record: dict) -> str:
 def print_table(prog: str, line: Callable[[dict], str]) -> None:
     """Prints a line for each record of a file named on the command line, and what was left out."""
     parser = argparse.ArgumentParser(prog=prog)
-    parser.add_argument("records", type=Path, help="what --records wrote, or pytest-benchmark")
+    parser.add_argument("records", type=Path, help="what --records or pytest-benchmark wrote")
     found = records.load(parser.parse_args().records)
     for record in found:
         if "samples" in record:

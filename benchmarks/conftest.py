@@ -22,10 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     rows = [row.key for row in (*ROWS, *recurrent_gpu_cases.ROWS)]
     group.addoption("--row", choices=rows, action="append", help="only these rows")
     group.addoption("--slice", default="1/1", help="part I of N of the cells on a GPU: I/N")
-    group.addoption(
-        "--within", type=float, default=math.inf, help="seconds to begin cells on a GPU in"
-    )
-    group.addoption("--records", help="file to add a line for each cell on a GPU to")
+    group.addoption("--within", type=float, default=math.inf, help="seconds to begin cases in")
+    group.addoption("--records", help="file to add a line for each case to")
     group.addoption(
         "--longest",
         type=float,

@@ -11,13 +11,11 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import seqkern.nn
 from benchmarks import paired
 from benchmarks.cells import GATES, Cell
 from benchmarks.contestants import make_problem, module_contestant
 from benchmarks.limits import CellLimit, best_seconds, cell_limit, measure
-
-NAMESPACES = {"seqkern": seqkern.nn, "torch": torch.nn}
+from benchmarks.memory import NAMESPACES
 
 
 def parse_arguments() -> tuple[str, Cell, int]:

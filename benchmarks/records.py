@@ -1,5 +1,5 @@
-"""The records of a run on a GPU: a line of JSON for each case, in the file of --records at once, so
-that a run that hangs later, or is ended, leaves them behind."""
+"""The records of a run: a line of JSON for each case, in the file of --records at once, so that a
+run that hangs later, or is ended, leaves them behind."""
 
 import json
 import time
@@ -30,8 +30,9 @@ def leave_out_if_late(config: pytest.Config, record: dict) -> None:
 
 
 def load(path: Path) -> list[dict]:
-    """The records of such a file, or of pytest-benchmark's JSON."""
+    """The records of such a file, of pytest-benchmark's JSON, or of a file of results/."""
     text = path.read_text()
-    if path.suffix == ".json":
-        return [benchmark["extra_info"] for benchmark in json.loads(text)["benchmarks"]]
-    return [json.loads(line) for line in text.splitlines()]
+    if path.suffix != ".json":
+        return [json.loads(line) for line in text.splitlines()]
+    data = json.loads(text)
+    return data["records"] if "records" in data else [b["extra_info"] for b in data["benchmarks"]]

@@ -1,13 +1,8 @@
-"""The table of a run of bench_trees.py: `python -m benchmarks.trees_table RESULTS.json`.
+"""The table of a run of bench_trees.py: `python -m benchmarks.trees_table RESULTS.json`."""
 
-RESULTS.json is pytest-benchmark's file or, from results/, one with its records alone.
-"""
-
-import argparse
-import json
-from pathlib import Path
 from statistics import median
 
+from benchmarks.attention_table import print_table
 from benchmarks.bench_trees import BY_NODE, TOGETHER
 from benchmarks.paired import ratio
 
@@ -23,18 +18,9 @@ def line(record: dict) -> str:
     )
 
 
-def records_of(path: Path) -> list[dict]:
-    """The records of a results file of either form."""
-    data = json.loads(path.read_text())
-    return data["records"] if "records" in data else [b["extra_info"] for b in data["benchmarks"]]
-
-
 def main() -> None:
     """Prints a line for each kind."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.trees_table")
-    parser.add_argument("results", type=Path)
-    for record in records_of(parser.parse_args().results):
-        print(line(record))
+    print_table("python -m benchmarks.trees_table", line)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 import os
 import random
-from collections.abc import Iterator
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,45 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     torch.ops.seqkern.set_cpu_capability(before)
+
+
+@pytest.fixture
+def example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs an example with arguments, and returns what it prints."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(Path(__file__).parent.parent / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[[str, int, Path], None]:
+    """Runs `SCRIPT RANK FOLDER` for every rank at once; fails with what a failed one printed."""
+
+    def run(script: str, count: int, folder: Path) -> None:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script, str(rank), str(folder)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(count)
+        ]
+        try:
+            logs = [process.communicate(timeout=150)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for process, log in zip(processes, logs, strict=True):
+            assert process.returncode == 0, log
+
+    return run
 
 
 @pytest.fixture

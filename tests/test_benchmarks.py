@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -14,8 +13,8 @@ import pytest
 import torch
 
 import seqkern.nn
+from tests.benchmark_runs import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[1]
 # The suites run from a checkout and are not installed. The path does not stay: with it, the folder
 # kernels/ would answer whoever looks for another package of that name.
 sys.path.append(str(ROOT))
@@ -38,18 +37,6 @@ from benchmarks.check import WrongResult, check
 sys.path.remove(str(ROOT))
 
 SMALL = Cell("inference", "LSTM", "float32", B=3, T=5, H=7)
-
-
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A Python module in a process of its own, with one thread."""
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 # ---- the grid
@@ -151,9 +138,7 @@ def test_gate_passes_the_stream() -> None:
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
 @pytest.mark.parametrize("cell", CHECKED, ids=str)
-def test_gate_passes_a_right_kernel_and_stops_a_wrong_one(
-    cell: Cell, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gate_passes_a_right_kernel_and_stops_a_wrong_one(cell: Cell) -> None:
     problem = contestants.make_problem(cell)
     entries = contestants.contestants(cell, problem, ("torch",))
     assert check(cell, problem, entries) <= 1
@@ -208,7 +193,7 @@ def test_a_wrong_kernel_fails_the_benchmark(tmp_path: Path) -> None:
         "-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning",
         "benchmarks/bench_recurrent.py", "--grid=tiny", "--row=lstm-f32-inference-step",
         f"--benchmark-json={results}",
-        PYTHONPATH=str(tmp_path),
+        path=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "WrongResult: seqkern on LSTM-inference-float32" in done.stdout, done.stdout
@@ -383,7 +368,7 @@ def test_additive_suite_runs_and_prints(tmp_path: Path) -> None:
         "--grid=tiny", "--budget=0.02", f"--records={lines}",
         "-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning",
     )  # fmt: skip
-    done = run(*command, f"--benchmark-json={results}", PYTHONPATH=str(tmp_path))
+    done = run(*command, f"--benchmark-json={results}", path=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert records == [b["extra_info"] for b in json.loads(results.read_text())["benchmarks"]]

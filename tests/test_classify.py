@@ -1,8 +1,6 @@
 """TextCNN, BiLSTM and self-attention: their equations, padding, both layers, and toy tasks."""
 
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -331,18 +329,6 @@ def test_what_a_long_sentence_lets_through(pool):
         assert accuracy <= 0.5
     else:
         assert accuracy >= 0.99
-
-
-@pytest.fixture
-def example(monkeypatch, capsys):
-    """Runs an example and returns what it prints."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
 
 
 def test_textcnn_example(example, tmp_path):

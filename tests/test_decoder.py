@@ -78,7 +78,7 @@ def test_is_the_loop_over_cells(mode, T, B, K, Tk, sizes, scale, seed) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-def arguments(mode: str, B: int, K: int, T: int = 4, Tk: int = 11, grad: bool = False) -> list:
+def arguments(mode: str, B: int, K: int, T: int = 4, Tk: int = 11) -> list:
     """Of the raw op, in float32."""
     torch.manual_seed(B)
     N, H, A, C = B * K, 37, 19, 23

@@ -3,7 +3,6 @@
 The workers are this file run as a script, one process a rank.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -86,25 +85,10 @@ def worker(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, run_ranks) -> Path:
     """The folder with the weights that the processes trained to, a file for each kind."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        logs = [process.communicate(timeout=150)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, log in zip(processes, logs, strict=True):
-        assert process.returncode == 0, log
+    run_ranks(__file__, RANKS, folder)
     return folder
 
 

@@ -1,9 +1,6 @@
 """The job that trains the graph network: trees as graphs, and dependency parses."""
 
 import re
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -175,12 +172,9 @@ def test_a_treebank_is_learned_a_little(corpora):
     assert job.evaluate("dev")["accuracy"] > 0.4
 
 
-def test_example(monkeypatch, capsys, tmp_path):
-    script = str(Path(__file__).parent.parent / "examples/graph.py")
+def test_example(example, tmp_path):
     for data in ([], ["--data", folder_of(tmp_path)]):
-        monkeypatch.setattr(sys, "argv", [script, "--steps", "2", *data])
-        runpy.run_path(script, run_name="__main__")
-        out = capsys.readouterr().out
+        out = example("graph.py", "--steps", "2", *data)
         assert len(re.findall(r"^step 2: loss \d", out, re.MULTILINE)) == 2
         assert re.search(r"^with edges: [\d.]+% of held-out labels right$", out, re.MULTILINE)
         assert re.search(r"^without edges: [\d.]+% of held-out labels right$", out, re.MULTILINE)

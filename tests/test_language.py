@@ -4,10 +4,7 @@ import gzip
 import itertools
 import math
 import random
-import runpy
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -356,10 +353,7 @@ def test_multi30k_words(corpora):
 
 
 @pytest.mark.parametrize("name", ["char_lm", "nnlm", "transformer_lm", "fast_weights", "hyperlstm"])
-def test_example(monkeypatch, capsys, name):
+def test_example(example, name):
     if name == "nnlm":
         pytest.importorskip("nltk", reason="the counted model needs nltk")
-    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
-    monkeypatch.setattr(sys, "argv", [name, "--steps", "2"])
-    runpy.run_path(str(path), run_name="__main__")
-    assert "step 2: loss" in capsys.readouterr().out
+    assert "step 2: loss" in example(f"{name}.py", "--steps", "2")

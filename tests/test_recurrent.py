@@ -20,7 +20,6 @@ NATIVE = has_native_kernel("recurrent", "cpu")
 MODES = list(GATES)
 
 every_mode = pytest.mark.parametrize("mode", MODES)
-needs_native = pytest.mark.skipif(not NATIVE, reason="a promise of the C++ kernels: not built")
 
 
 # ---- an independent oracle ----------------------------------------------------------------

@@ -2,10 +2,8 @@
 
 import itertools
 import re
-import runpy
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -242,10 +240,7 @@ def test_tags_of_the_neighbours_are_learnt(by_letter):
     assert wrong == 0
 
 
-def test_tagger_example(monkeypatch, capsys):
-    path = Path(__file__).parent.parent / "examples" / "tagger.py"
-    monkeypatch.setattr(sys, "argv", ["tagger.py", "--steps", "100", "play me some by Enya"])
-    runpy.run_path(str(path), run_name="__main__")
-    out = capsys.readouterr().out
+def test_tagger_example(example):
+    out = example("tagger.py", "--steps", "100", "play me some by Enya")
     assert float(re.search(r"F1 of phrases ([\d.]+)%", out)[1]) >= 90
     assert "play me some by Enya\tO O O O B-artist" in out

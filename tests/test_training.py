@@ -175,7 +175,7 @@ def test_evaluations_leave_the_losses_alone(tmp_path):
     assert best["best"][0] == min(line["loss"] for line in lines if "averaged" not in line)
 
 
-def test_the_average_is_of_the_last_evaluations(tmp_path):
+def test_the_average_is_of_the_last_evaluations():
     trainer = trainer_of(evaluate_every=4, average=2, lr=0.02)
     weights = []
     for n, _ in enumerate(trainer.train(100), 1):

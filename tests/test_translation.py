@@ -126,7 +126,7 @@ def test_long_pairs_are_cut_in_training(words):
     assert torch.all(batch.y[:, -1] == EOS)
 
 
-def test_subwords(tmp_path):
+def test_subwords():
     texts = ["a low lower lowest", "new newer newest", "wide wider widest"] * 20
     subwords = Subwords.build(texts, 40)
     side = Side("subwords", subwords)
@@ -177,7 +177,7 @@ def test_one_vocabulary_for_both_sides(tmp_path):
         make_job(JobSpec("transformer", "pairs", str(path), sizes=sizes))
 
 
-def test_lower_case_is_of_every_corpus_and_call(words, monkeypatch):
+def test_lower_case_is_of_every_corpus_and_call(monkeypatch):
     parts = Parts(*([Pair("Ab", "x"), Pair("aB", "y")] for _ in Parts._fields))
     monkeypatch.setitem(translation.CORPORA, "multi30k-de-en", lambda root: parts)
     reading = {"lower": True, "source_tokens": "chars"}

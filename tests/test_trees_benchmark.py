@@ -1,23 +1,9 @@
 """The Tree-LSTM's benchmark runs, compares equal results, and its table has its figures."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """A Python module in a process of its own, with one thread."""
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+from tests.benchmark_runs import ROOT, run
 
 
 def test_suite_runs_and_prints(tmp_path: Path) -> None:

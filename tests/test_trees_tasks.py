@@ -2,9 +2,6 @@
 
 import random
 import re
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -278,15 +275,11 @@ def test_the_treebank_is_read_whole(corpora):
     assert sum(tree.labels[0] != "2" for tree in trees) == 872
 
 
-def test_example(monkeypatch, capsys, tmp_path):
-    script = str(Path(__file__).parent.parent / "examples/treelstm.py")
-    monkeypatch.setattr(sys, "argv", [script, "--steps", "2"])
-    runpy.run_path(script, run_name="__main__")
-    out = capsys.readouterr().out
+def test_example(example, tmp_path):
+    out = example("treelstm.py", "--steps", "2")
     assert re.search(r"^step 2: loss \d", out, re.MULTILINE)
     assert re.search(r"^held-out trees: [\d.]+% right$", out, re.MULTILINE)
     assert re.search(r"^\d\t\[MAX 2 9 \[MIN 4 7 \] 0 \]$", out, re.MULTILINE)
     folder_of(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, "--steps", "2", "--data", str(tmp_path), SENTENCE])
-    runpy.run_path(script, run_name="__main__")
-    assert re.search(rf"^[123]\t{re.escape(SENTENCE)}$", capsys.readouterr().out, re.MULTILINE)
+    out = example("treelstm.py", "--steps", "2", "--data", str(tmp_path), SENTENCE)
+    assert re.search(rf"^[123]\t{re.escape(SENTENCE)}$", out, re.MULTILINE)

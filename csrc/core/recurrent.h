@@ -35,7 +35,7 @@ struct Shape {
   int64_t T, B, I, H, P, D;
   bool bias, proj;
   const int64_t* batch_sizes;  // (T,) non-increasing and >= 1, or null when every step has B rows
-  const int64_t* offsets;      // (T,) rows before step t; null with batch_sizes
+  const int64_t* offsets;      // (T,) rows before step t; null where batch_sizes is
   int64_t N;                   // rows of all steps
 
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }

@@ -1,5 +1,4 @@
-// What the bindings of the recurrent ops share: checks of tensors, each refusing by name, and new
-// tensors.
+// What the bindings share: checks of tensors, each refusing by name, and new tensors.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -49,12 +48,12 @@ inline void expect_sizes(const char* name, const Tensor& t, Sizes expected) {
                   list(sizes_of(t)));
 }
 
-inline Mode mode_of(const std::string& name) {
+inline Mode mode_of(const std::string& name, const std::string& op = "recurrent") {
   if (name == "LSTM") return Mode::lstm;
   if (name == "GRU") return Mode::gru;
   if (name == "RNN_TANH") return Mode::rnn_tanh;
-  STD_TORCH_CHECK(name == "RNN_RELU",
-                  "recurrent: mode must be LSTM, GRU, RNN_TANH or RNN_RELU, got ", name);
+  STD_TORCH_CHECK(name == "RNN_RELU", op, ": mode must be LSTM, GRU, RNN_TANH or RNN_RELU, got ",
+                  name);
   return Mode::rnn_relu;
 }
 

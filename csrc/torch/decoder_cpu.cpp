@@ -42,13 +42,13 @@ struct Call {
 
   Call(const char* name, const Given& g) : op(name), like(g.key) {
     kept.reserve(16);
-    a.mode = mode_named(g.mode);
+    a.mode = mode_of(g.mode, op);
     expect_rank("gates_x", g.gates_x, 3, "(N, T, G*H)");
     expect_rank("key", g.key, 3, "(B, Tk, A)");
     expect_rank("value", g.value, 3, "(B, Tk, C)");
     expect_rank("h0", g.h0, 2, "(N, H)");
     dtype = g.key.scalar_type();
-    a.type = type_named();
+    a.type = type_of(g.key, op, "key");
     compute = dtype == ScalarType::Double ? dtype : ScalarType::Float;
     read_sizes(g);
     const int64_t N = a.rows(), n = a.gates();
@@ -82,30 +82,6 @@ struct Call {
     STD_TORCH_CHECK(a.B > 0 ? N % a.B == 0 : N == 0, op, ": h0 must have a multiple of B = ", a.B,
                     " rows, got ", N);
     a.K = a.B > 0 ? N / a.B : 0;
-  }
-
-  Mode mode_named(const std::string& mode) const {
-    if (mode == "LSTM") return Mode::lstm;
-    if (mode == "GRU") return Mode::gru;
-    if (mode == "RNN_TANH") return Mode::rnn_tanh;
-    STD_TORCH_CHECK(mode == "RNN_RELU", op, ": mode must be LSTM, GRU, RNN_TANH or RNN_RELU, got ",
-                    mode);
-    return Mode::rnn_relu;
-  }
-
-  seqkern::Type type_named() const {
-    switch (dtype) {
-      case ScalarType::Float:
-        return seqkern::Type::f32;
-      case ScalarType::Double:
-        return seqkern::Type::f64;
-      case ScalarType::BFloat16:
-        return seqkern::Type::bf16;
-      case ScalarType::Half:
-        return seqkern::Type::f16;
-      default:
-        STD_TORCH_CHECK(false, op, ": key must be float32, float64, bfloat16 or float16");
-    }
   }
 
   void expect_rank(const char* name, const Tensor& t, int64_t rank, const char* form) const {

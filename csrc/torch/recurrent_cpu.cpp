@@ -118,8 +118,16 @@ struct Call {
   }
 };
 
-void copy_states(const Call& call, seqkern::Forward& f) {
+struct Outputs {
+  Tensor y, h_n, c_n;
+};
+
+// Points f at the arguments and at new outputs.
+Outputs prepare(const Call& call, seqkern::Forward& f) {
   const seqkern::Shape& s = call.shape;
+  const bool lstm = s.mode == Mode::lstm;
+  Outputs o{call.output(), call.empty({s.D, s.B, s.P}),
+            lstm ? call.empty({s.D, s.B, s.H}) : call.none()};
   f.shape = s;
   f.x = call.x.const_data_ptr();
   f.x_rows = call.rows;
@@ -127,18 +135,6 @@ void copy_states(const Call& call, seqkern::Forward& f) {
   f.c0 = call.c0 ? call.c0->const_data_ptr() : nullptr;
   for (int64_t d = 0; d < s.D; ++d) f.w[d] = call.w[d];
   f.threads = int(torch::stable::get_num_threads());
-}
-
-struct Outputs {
-  Tensor y, h_n, c_n;
-};
-
-Outputs outputs_of(const Call& call, seqkern::Forward& f) {
-  const seqkern::Shape& s = call.shape;
-  const bool lstm = s.mode == Mode::lstm;
-  Outputs o{call.output(), call.empty({s.D, s.B, s.P}),
-            lstm ? call.empty({s.D, s.B, s.H}) : call.none()};
-  copy_states(call, f);
   f.y = o.y.mutable_data_ptr();
   f.h_n = o.h_n.mutable_data_ptr();
   f.c_n = lstm ? o.c_n.mutable_data_ptr() : nullptr;
@@ -150,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_inference(Tensor x, Optional batch_
                                                        std::string mode) {
   const Call call(x, batch_sizes, h0, c0, weights, mode);
   seqkern::Forward f{};
-  const Outputs o = outputs_of(call, f);
+  const Outputs o = prepare(call, f);
   if (!packed.empty()) {
     STD_TORCH_CHECK(packed.size() == 1, "recurrent_inference: packed must hold 1 tensor, got ",
                     int64_t(packed.size()));
@@ -166,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent(Tensor x, Optional 
   const Call call(x, batch_sizes, h0, c0, weights, mode);
   const seqkern::Shape& s = call.shape;
   seqkern::Forward f{};
-  const Outputs o = outputs_of(call, f);
+  const Outputs o = prepare(call, f);
   const int64_t saved = seqkern::saved_of(s.mode);
   Tensor gates = saved ? call.empty({s.D, s.N, saved * s.H}) : call.none();
   Tensor cells = s.mode == Mode::lstm ? call.empty({s.D, s.N, s.H}) : call.none();
@@ -176,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent(Tensor x, Optional 
   return {o.y, o.h_n, o.c_n, gates, cells};
 }
 
-// A gradient of an output: contiguous and of the right size, or null.
+// A gradient of an output, or what the forward saved: contiguous and of the right size, or null.
 const void* gradient(const char* name, const Optional& given, const Call& call, Sizes sizes,
                      Tensors& kept) {
   if (!given) return nullptr;

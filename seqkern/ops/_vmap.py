@@ -1,7 +1,7 @@
-"""How torch.vmap batches the recurrent ops.
+"""How torch.vmap batches the recurrent ops, and any op slice by slice.
 
-A forward with a dense batch and shared weights folds the new dimension into B and is one call.
-All else is one call for each slice: per-sample weight gradients are separate products anyway,
+A recurrent forward with a dense batch and shared weights folds the new dimension into B and is one
+call. All else is one call for each slice: per-sample weight gradients are separate products anyway,
 and the packed rows of two slices do not interleave.
 
 Each rule takes the op, the size V of the new dimension, its place in each argument (None where

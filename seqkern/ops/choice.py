@@ -1,4 +1,4 @@
-"""Which kernel computes a recurrent layer, for those who ask; and what every such function asks."""
+"""What the functions that choose a kernel say and ask: a kernel and why, sizes, what is loaded."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
