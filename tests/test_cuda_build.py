@@ -25,8 +25,8 @@ NAME = re.compile(
 
 # The 65536 of a multiprocessor over the threads of a block, and what an instruction can name.
 REGISTERS = {"block": 168, "cluster": 255, "grid": 255}
-# Bytes that go through memory where blocks share a slice: the set-up stores them before the steps,
-# and a step reads one word of them again.
+# Bytes that go through memory where blocks share a slice in 16 bits: the set-up stores them before
+# the steps, and a step reads one word of them again.
 SPILLED = {
     ("LSTM", "sm_80"): 32,
     ("LSTM", "sm_90a"): 16,
@@ -85,7 +85,8 @@ def test_every_kernel_keeps_its_budget(skeleton, arch):
         product = "FFMA" if dtype == "float32" else "HMMA"
         wanted = [product, "BAR", "LDS"] + ["LDGSTS"] * (which == "forward")
         # CALL: a slow path of a division or the like; the others: local memory and float atomics.
-        allowed = SPILLED.get((cell, arch), 0) if skeleton != "block" else 0
+        shared = skeleton != "block" and dtype in ("bfloat16", "float16")
+        allowed = SPILLED.get((cell, arch), 0) if shared else 0
         refused = ["CALL", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"]
         refused += ["LDL", "STL"] * (allowed == 0)
         refused += ["HMMA"] * (dtype == "float32")

@@ -48,15 +48,15 @@ def named(results: tuple, grads: tuple) -> Results:
 class Problem:
     """One layer's inputs, and gradients of its outputs."""
 
-    def __init__(self, mode: str, kind: Kind, T=2, B=3, H=5, D=1, lengths=(), bias=True):
+    def __init__(self, mode: str, kind: Kind, T=2, B=3, H=5, D=1, lengths=(), bias=True, I=3):
         dtype = torch.float32 if isinstance(kind, str) else kind
         if lengths:
             T, B = lengths[0], len(lengths)
-        x, self.h0, self.c0, self.weights = arguments(mode, T, B, 3, H, D, dtype, bias)
+        x, self.h0, self.c0, self.weights = arguments(mode, T, B, I, H, D, dtype, bias)
         self.mode, self.kind, self.batch_sizes = mode, kind, None
         if lengths:
             self.batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(T)])
-            x = x.reshape(T * B, -1)[: sum(lengths)]
+            x = x.flatten(0, 1)[: sum(lengths)]
         self.x = x
         dy = torch.randn(*x.shape[:-1], D * H).to(dtype)
         dc_n = None if self.c0 is None else torch.randn(self.h0.shape).to(dtype)
@@ -115,6 +115,7 @@ SHAPES = [
     {"T": 9, "B": 3, "H": 33, "bias": False},
     {"T": 2, "B": 1, "H": 64, "D": 2},
     {"T": 2, "B": 3, "H": 100},
+    {"T": 2, "B": 3, "H": 5, "I": 0},
     {"lengths": (9, 7, 7, 2, 1), "H": 5, "D": 2},
     {"lengths": (5, *[4] * 7, 3, 1, 1), "H": 17, "D": 2},
 ]

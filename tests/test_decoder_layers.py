@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 import seqkern.nn
 from seqkern.nn import AdditiveAttention, AttentionDecoder, DotAttention, GeneralAttention
+from seqkern.nn.decoder import only_attention
+from seqkern.ops.choice import HAS_TRITON
 
 H, I, C = 6, 3, 5
 CELLS = {
@@ -63,6 +65,30 @@ def test_is_attention_then_cell_at_every_step(cell: str, attention: str) -> None
         for r in (results, expected)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@every_cell
+def test_one_step_after_another_is_the_one_call(cell: str, monkeypatch) -> None:
+    """As on a device that has a kernel for the attention alone."""
+    decoder = module(cell, "normalized")
+    x, state, key, value, lens = inputs(cell)
+    expected = decoder(x, state, key, value, k_lens=lens)
+    monkeypatch.setattr("seqkern.nn.decoder.only_attention", lambda device: True)
+    monkeypatch.setattr("seqkern.nn.decoder.attention_decoder", None)
+    results = decoder(x, state, key, value, k_lens=lens)
+    torch.testing.assert_close(results, expected, rtol=1e-10, atol=1e-12)
+    parameters = list(decoder.parameters())
+    ours, theirs = (
+        torch.autograd.grad(sum(t.square().sum() for t in r[:3]), parameters)
+        for r in (results, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_a_gpu_has_kernels_for_the_attention_alone() -> None:
+    assert only_attention("cuda") == HAS_TRITON
+    assert not only_attention("cpu")
+    assert not only_attention("meta")
 
 
 @every_cell

@@ -22,7 +22,7 @@ using seqkern::Type;
 
 // The checked arguments that both ops share, and the copies that the pointers need.
 struct Call {
-  std::string op;
+  const char* op;
   seqkern::Additive a{};
   Tensor query, key, value, v;
   Optional mask, bias, k_lens;
@@ -68,17 +68,13 @@ struct Call {
     a.threads = int(torch::stable::get_num_threads());
   }
 
-  void expect_cpu(const char* name, const Tensor& t) const {
-    STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
-  }
-
   void expect_rank(const char* name, const Tensor& t, const char* form) const {
-    expect_cpu(name, t);
+    expect_cpu(op, name, t);
     STD_TORCH_CHECK(t.dim() == 3, op, ": ", name, " must be ", form, ", got ", list(sizes_of(t)));
   }
 
   void expect(const char* name, const Tensor& t, Sizes sizes, ScalarType dtype) const {
-    expect_cpu(name, t);
+    expect_cpu(op, name, t);
     const std::vector<int64_t> got = sizes_of(t);
     STD_TORCH_CHECK(got == std::vector<int64_t>(sizes), op, ": ", name, " must be ", list(sizes),
                     ", got ", list(got));

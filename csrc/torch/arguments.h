@@ -40,15 +40,36 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return sizes;
 }
 
-inline void expect_sizes(const char* name, const Tensor& t, Sizes expected) {
+// That t has memory for all its elements: a sharded parameter gives its own back between two uses.
+inline void expect_memory(const char* op, const char* name, const Tensor& t) {
+  if (t.numel() == 0) return;
+  int64_t held, last = t.storage_offset();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  const int64_t needed = (last + 1) * int64_t(t.element_size());
+  STD_TORCH_CHECK(needed <= held, op, ": ", name, " must have ", needed,
+                  " bytes of memory for its elements, got ", held);
+}
+
+inline void expect_cpu(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
+  expect_memory(op, name, t);
+}
+
+inline void expect_cuda(const char* op, const char* name, const Tensor& t, int32_t device) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, op, ": ", name,
+                  " must be on cuda:", device);
+  expect_memory(op, name, t);
+}
+
+inline void expect_sizes(const char* op, const char* name, const Tensor& t, Sizes expected) {
   bool same = t.dim() == int64_t(expected.size());
   int64_t i = 0;
   for (int64_t n : expected) same = same && t.size(i++) == n;
-  STD_TORCH_CHECK(same, "recurrent: ", name, " must be ", list(expected), ", got ",
-                  list(sizes_of(t)));
+  STD_TORCH_CHECK(same, op, ": ", name, " must be ", list(expected), ", got ", list(sizes_of(t)));
 }
 
-inline Mode mode_of(const std::string& name, const std::string& op = "recurrent") {
+inline Mode mode_of(const std::string& name, const char* op = "recurrent") {
   if (name == "LSTM") return Mode::lstm;
   if (name == "GRU") return Mode::gru;
   if (name == "RNN_TANH") return Mode::rnn_tanh;
@@ -57,7 +78,7 @@ inline Mode mode_of(const std::string& name, const std::string& op = "recurrent"
   return Mode::rnn_relu;
 }
 
-inline Type type_of(const Tensor& t, const std::string& op = "recurrent", const char* name = "x") {
+inline Type type_of(const Tensor& t, const char* op = "recurrent", const char* name = "x") {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return Type::f32;
@@ -75,10 +96,9 @@ inline Type type_of(const Tensor& t, const std::string& op = "recurrent", const 
 }
 
 // A CPU tensor of x's dtype, contiguous.
-inline Tensor ready(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cpu(), "recurrent: ", name, " must be on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "recurrent: ", name,
-                  " must have the dtype of x");
+inline Tensor ready(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  expect_cpu(op, name, t);
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x");
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 

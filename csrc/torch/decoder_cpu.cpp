@@ -34,7 +34,7 @@ struct Given {
 
 // The checked arguments, and the copies that the pointers need.
 struct Call {
-  std::string op;
+  const char* op;
   seqkern::Decoder a{};
   Tensors kept;
   Tensor like;  // of the storage type
@@ -85,13 +85,13 @@ struct Call {
   }
 
   void expect_rank(const char* name, const Tensor& t, int64_t rank, const char* form) const {
-    STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
+    expect_cpu(op, name, t);
     STD_TORCH_CHECK(t.dim() == rank, op, ": ", name, " must be ", form, ", got ",
                     list(sizes_of(t)));
   }
 
   void expect(const char* name, const Tensor& t, Sizes sizes, ScalarType type) const {
-    STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
+    expect_cpu(op, name, t);
     const std::vector<int64_t> got = sizes_of(t);
     STD_TORCH_CHECK(got == std::vector<int64_t>(sizes), op, ": ", name, " must be ", list(sizes),
                     ", got ", list(got));

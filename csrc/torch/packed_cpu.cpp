@@ -54,6 +54,7 @@ Header read_header(const char* op, const Tensor& packed) {
   Header h{};
   const bool bytes = packed.is_cpu() && packed.scalar_type() == ScalarType::Byte &&
                      packed.dim() == 1 && packed.is_contiguous();
+  expect_memory(op, "packed", packed);
   if (bytes && packed.numel() >= int64_t(sizeof(h)))
     std::memcpy(&h, packed.const_data_ptr(), sizeof(h));
   STD_TORCH_CHECK(std::memcmp(h.magic, kMagic, sizeof(kMagic)) == 0, op,
@@ -124,11 +125,11 @@ void use_packed(const char* op, const Tensor& packed, const Shape& s, Forward& f
 namespace {
 
 // A state of the layer, or null for zeros.
-const void* state(const char* name, const Optional& given, const Tensor& x, Sizes sizes,
-                  Optional& kept) {
+const void* state(const char* op, const char* name, const Optional& given, const Tensor& x,
+                  Sizes sizes, Optional& kept) {
   if (!given) return nullptr;
-  kept = ready(name, *given, x);
-  expect_sizes(name, *kept, sizes);
+  kept = ready(op, name, *given, x);
+  expect_sizes(op, name, *kept, sizes);
   return kept->const_data_ptr();
 }
 
@@ -138,20 +139,21 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_prepacked(Tensor x, Optional h0, Op
   Forward f{};
   Shape& s = f.shape = shape_of(op, packed);
   STD_TORCH_CHECK(
-      x.is_cpu() && type_of(x) == s.type && x.dim() == 3 && x.size(0) > 0 && x.size(2) == s.I, op,
-      ": x must be (T, B, ", s.I, ") on the CPU with T at least 1, of the dtype of ",
+      x.is_cpu() && type_of(x, op) == s.type && x.dim() == 3 && x.size(0) > 0 && x.size(2) == s.I,
+      op, ": x must be (T, B, ", s.I, ") on the CPU with T at least 1, of the dtype of ",
       "the packed weights, got ", list(sizes_of(x)));
   s.T = x.size(0), s.B = x.size(1), s.N = s.T * s.B;
   const bool lstm = s.mode == Mode::lstm;
   STD_TORCH_CHECK(c0.has_value() == (lstm && h0.has_value()), op,
                   ": c0 must be given with h0 for LSTM, and else be None");
   point(packed, s, f);
+  expect_memory(op, "x", x);
   if (s.I > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
   Optional kept_h, kept_c;
   f.x = x.const_data_ptr();
   f.x_rows = {x.stride(0), x.stride(1)};
-  f.h0 = state("h0", h0, x, {s.D, s.B, s.P}, kept_h);
-  f.c0 = state("c0", c0, x, {s.D, s.B, s.H}, kept_c);
+  f.h0 = state(op, "h0", h0, x, {s.D, s.B, s.P}, kept_h);
+  f.c0 = state(op, "c0", c0, x, {s.D, s.B, s.H}, kept_c);
   Tensor y = empty(x, {s.T, s.B, s.D * s.P}), h_n = empty(x, {s.D, s.B, s.P});
   Tensor c_n = lstm ? empty(x, {s.D, s.B, s.H}) : empty(x, {0});
   f.y = y.mutable_data_ptr();

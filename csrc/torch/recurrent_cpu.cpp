@@ -20,6 +20,7 @@ using seqkern::Mode;
 
 // The checked arguments of a call, and the contiguous copies that its pointers need.
 struct Call {
+  const char* op;
   seqkern::Shape shape{};
   Tensor x, h0;
   Optional c0, batch_sizes;
@@ -27,50 +28,50 @@ struct Call {
   Tensors weights;
   seqkern::Weights w[seqkern::kMaxDirections]{};
 
-  Call(const Tensor& x_, const Optional& batch_sizes_, const Tensor& h0_, const Optional& c0_,
-       const Tensors& weights_, const std::string& mode)
-      : x(x_) {
+  Call(const char* name, const Tensor& x_, const Optional& batch_sizes_, const Tensor& h0_,
+       const Optional& c0_, const Tensors& weights_, const std::string& mode)
+      : op(name), x(x_) {
     seqkern::Shape& s = shape;
-    s.mode = mode_of(mode);
-    STD_TORCH_CHECK(x.is_cpu(), "recurrent: x must be on the CPU");
-    s.type = type_of(x);
-    h0 = ready("h0", h0_, x);
-    STD_TORCH_CHECK(h0.dim() == 3 && (h0.size(0) == 1 || h0.size(0) == 2),
-                    "recurrent: h0 must be (D, B, P) with D 1 or 2, got ", list(sizes_of(h0)));
+    s.mode = mode_of(mode, op);
+    expect_cpu(op, "x", x);
+    s.type = type_of(x, op);
+    h0 = ready(op, "h0", h0_, x);
+    STD_TORCH_CHECK(h0.dim() == 3 && (h0.size(0) == 1 || h0.size(0) == 2), op,
+                    ": h0 must be (D, B, P) with D 1 or 2, got ", list(sizes_of(h0)));
     s.D = h0.size(0), s.B = h0.size(1), s.P = h0.size(2);
     read_sequence(batch_sizes_);
     read_weights(weights_);
-    STD_TORCH_CHECK(c0_.has_value() == (s.mode == Mode::lstm), "recurrent: c0 must ",
+    STD_TORCH_CHECK(c0_.has_value() == (s.mode == Mode::lstm), op, ": c0 must ",
                     s.mode == Mode::lstm ? "be given for LSTM" : "be None but for LSTM");
     if (c0_) {
-      c0 = ready("c0", *c0_, x);
-      expect_sizes("c0", *c0, {s.D, s.B, s.H});
+      c0 = ready(op, "c0", *c0_, x);
+      expect_sizes(op, "c0", *c0, {s.D, s.B, s.H});
     }
   }
 
   void read_sequence(const Optional& given) {
     seqkern::Shape& s = shape;
     if (!given) {
-      STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == s.B && x.size(0) > 0,
-                      "recurrent: x must be (T, ", s.B, ", I) with T at least 1, got ",
-                      list(sizes_of(x)));
+      STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == s.B && x.size(0) > 0, op, ": x must be (T, ",
+                      s.B, ", I) with T at least 1, got ", list(sizes_of(x)));
       s.T = x.size(0), s.I = x.size(2), s.N = s.T * s.B;
     } else {
       STD_TORCH_CHECK(given->is_cpu() && given->dim() == 1 && given->size(0) > 0 &&
                           given->scalar_type() == ScalarType::Long,
-                      "recurrent: batch_sizes must be (T,) int64 on the CPU, T at least 1");
+                      op, ": batch_sizes must be (T,) int64 on the CPU, T at least 1");
+      expect_memory(op, "batch_sizes", *given);
       batch_sizes = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
       s.T = batch_sizes->size(0);
       s.batch_sizes = static_cast<const int64_t*>(batch_sizes->const_data_ptr());
       int64_t before = s.B;
       for (int64_t t = 0; t < s.T; ++t) {
         const int64_t n = s.batch_sizes[t];
-        STD_TORCH_CHECK(n >= 1 && n <= before && (t > 0 || n == s.B),
-                        "recurrent: batch_sizes must start with B = ", s.B,
+        STD_TORCH_CHECK(n >= 1 && n <= before && (t > 0 || n == s.B), op,
+                        ": batch_sizes must start with B = ", s.B,
                         " and never grow or reach 0, got ", n, " at ", t);
         s.N += n, before = n;
       }
-      STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == s.N, "recurrent: x must be (", s.N,
+      STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == s.N, op, ": x must be (", s.N,
                       ", I) for these batch_sizes, got ", list(sizes_of(x)));
       s.I = x.size(1);
     }
@@ -82,24 +83,23 @@ struct Call {
   void read_weights(const Tensors& given) {
     seqkern::Shape& s = shape;
     const int64_t each = s.D > 0 ? int64_t(given.size()) / s.D : 0;
-    STD_TORCH_CHECK(each >= 2 && each <= 5 && each * s.D == int64_t(given.size()),
-                    "recurrent: weights must hold 2 to 5 tensors for each of ", s.D,
-                    " directions, got ", int64_t(given.size()));
+    STD_TORCH_CHECK(each >= 2 && each <= 5 && each * s.D == int64_t(given.size()), op,
+                    ": weights must hold 2 to 5 tensors for each of ", s.D, " directions, got ",
+                    int64_t(given.size()));
     s.bias = each >= 4, s.proj = each == 3 || each == 5;
-    STD_TORCH_CHECK(!s.proj || s.mode == Mode::lstm, "recurrent: only LSTM takes a projection");
+    STD_TORCH_CHECK(!s.proj || s.mode == Mode::lstm, op, ": only LSTM takes a projection");
     const int64_t G = seqkern::gates_of(s.mode);
-    STD_TORCH_CHECK(given[0].dim() == 2 && given[0].size(0) % G == 0 && given[0].size(0) > 0,
-                    "recurrent: w_ih must be (", G, "*H, ", s.I, "), got ",
-                    list(sizes_of(given[0])));
+    STD_TORCH_CHECK(given[0].dim() == 2 && given[0].size(0) % G == 0 && given[0].size(0) > 0, op,
+                    ": w_ih must be (", G, "*H, ", s.I, "), got ", list(sizes_of(given[0])));
     s.H = given[0].size(0) / G;
-    STD_TORCH_CHECK(s.proj || s.P == s.H, "recurrent: h0 must be (D, B, H) with H = ", s.H,
-                    ", got ", list(sizes_of(h0)));
+    STD_TORCH_CHECK(s.proj || s.P == s.H, op, ": h0 must be (D, B, H) with H = ", s.H, ", got ",
+                    list(sizes_of(h0)));
     for (int64_t d = 0; d < s.D; ++d) {
       const void* p[5] = {};
       int64_t at = d * each;
       auto take = [&](int slot, const char* name, Sizes sizes) {
-        weights.push_back(ready(name, given[size_t(at++)], x));
-        expect_sizes(name, weights.back(), sizes);
+        weights.push_back(ready(op, name, given[size_t(at++)], x));
+        expect_sizes(op, name, weights.back(), sizes);
         p[slot] = weights.back().const_data_ptr();
       };
       take(0, "w_ih", {G * s.H, s.I});
@@ -144,7 +144,7 @@ Outputs prepare(const Call& call, seqkern::Forward& f) {
 std::tuple<Tensor, Tensor, Tensor> recurrent_inference(Tensor x, Optional batch_sizes, Tensor h0,
                                                        Optional c0, Tensors weights, Tensors packed,
                                                        std::string mode) {
-  const Call call(x, batch_sizes, h0, c0, weights, mode);
+  const Call call("recurrent_inference", x, batch_sizes, h0, c0, weights, mode);
   seqkern::Forward f{};
   const Outputs o = prepare(call, f);
   if (!packed.empty()) {
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_inference(Tensor x, Optional batch_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent(Tensor x, Optional batch_sizes,
                                                              Tensor h0, Optional c0,
                                                              Tensors weights, std::string mode) {
-  const Call call(x, batch_sizes, h0, c0, weights, mode);
+  const Call call("recurrent", x, batch_sizes, h0, c0, weights, mode);
   const seqkern::Shape& s = call.shape;
   seqkern::Forward f{};
   const Outputs o = prepare(call, f);
@@ -176,8 +176,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent(Tensor x, Optional 
 const void* gradient(const char* name, const Optional& given, const Call& call, Sizes sizes,
                      Tensors& kept) {
   if (!given) return nullptr;
-  kept.push_back(ready(name, *given, call.x));
-  expect_sizes(name, kept.back(), sizes);
+  kept.push_back(ready(call.op, name, *given, call.x));
+  expect_sizes(call.op, name, kept.back(), sizes);
   return kept.back().const_data_ptr();
 }
 
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
     Optional dy, Optional dh_n, Optional dc_n, Tensor x, Optional batch_sizes, Tensor h0,
     Optional c0, Tensors weights, Tensor y, Tensor gates, Tensor cells, std::string mode,
     bool need_dx, bool need_dw) {
-  const Call call(x, batch_sizes, h0, c0, weights, mode);
+  const Call call("recurrent_backward", x, batch_sizes, h0, c0, weights, mode);
   const seqkern::Shape& s = call.shape;
   const bool lstm = s.mode == Mode::lstm;
   const int64_t saved = seqkern::saved_of(s.mode);
@@ -243,7 +243,7 @@ Tensors recurrent_pack(Tensors weights, std::string mode, int64_t directions) {
   Optional c0;
   if (mode == "LSTM")
     c0 = torch::stable::new_empty(weights[0], std::vector<int64_t>{D, 0, weights[0].size(0) / 4});
-  const Call call(x, {}, h0, c0, weights, mode);
+  const Call call("recurrent_pack", x, {}, h0, c0, weights, mode);
   return {make_packed(call.shape, call.w, x)};
 }
 

@@ -25,6 +25,8 @@ using seqkern::Mode;
 using seqkern::Type;
 using torch::stable::new_empty;
 
+constexpr const char* kOp = "recurrent_block";
+
 const void* data(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
 
 int32_t device_of(const Tensor& h0) {
@@ -66,8 +68,8 @@ struct Call {
 
   Call(const Tensor& h0_, const Optional& c0, const Optional& batch_sizes, int64_t n,
        const Tensors& w_hh, const std::string& name, bool tf32, bool backward)
-      : mode(mode_of(name)),
-        type(tf32 ? Type::tf32 : type_of(h0_)),
+      : mode(mode_of(name, kOp)),
+        type(tf32 ? Type::tf32 : type_of(h0_, kOp, "h0")),
         h0(h0_),
         device(device_of(h0_)),
         gates(seqkern::gates_of(mode)),
@@ -99,12 +101,11 @@ struct Call {
 
   // Of h0's dtype and device, contiguous, and of these sizes.
   const void* take(const char* name, const Tensor& t, Sizes sizes) const {
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, "recurrent_block: ", name,
-                    " must be on h0's device, cuda:", device);
+    expect_cuda(kOp, name, t, device);
     STD_TORCH_CHECK(t.scalar_type() == h0.scalar_type(), "recurrent_block: ", name,
                     " must have the dtype of h0");
     STD_TORCH_CHECK(t.is_contiguous(), "recurrent_block: ", name, " must be contiguous");
-    expect_sizes(name, t, sizes);
+    expect_sizes(kOp, name, t, sizes);
     return t.const_data_ptr();
   }
   const void* take(const char* name, const Optional& t, Sizes sizes) const {
@@ -126,6 +127,7 @@ struct Call {
     STD_TORCH_CHECK(given->is_cpu() && given->dim() == 1 && given->size(0) > 0 &&
                         given->scalar_type() == ScalarType::Long && given->is_contiguous(),
                     "recurrent_block: batch_sizes must be (T,) int64 on the CPU, contiguous");
+    expect_memory(kOp, "batch_sizes", *given);
     s.T = given->size(0);
     const int64_t* sizes = static_cast<const int64_t*>(given->const_data_ptr());
     const Tensor host = new_empty(*given, {s.B + s.T});
@@ -166,10 +168,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor gx, Optional b
   const seqkern::cuda::Sequence& s = call.s;
   const int64_t width = call.gates * s.H, saved = save ? seqkern::saved_of(call.mode) : 0;
   const bool lstm = call.mode == Mode::lstm;
-  STD_TORCH_CHECK(gx.is_cuda() && gx.get_device_index() == call.device &&
-                      gx.scalar_type() == ScalarType::Float && gx.is_contiguous(),
-                  "recurrent_block: gx must be float32 on h0's device, contiguous");
-  expect_sizes("gx", gx, {s.N, s.D * width});
+  expect_cuda(kOp, "gx", gx, call.device);
+  STD_TORCH_CHECK(gx.scalar_type() == ScalarType::Float && gx.is_contiguous(),
+                  "recurrent_block: gx must be float32, contiguous");
+  expect_sizes(kOp, "gx", gx, {s.N, s.D * width});
   STD_TORCH_CHECK(b_ih.size() == b_hh.size(), "recurrent_block: b_ih and b_hh must both be given");
   if (!b_ih.empty()) call.each("b_ih", b_ih, {width}), call.each("b_hh", b_hh, {width});
   Tensor y = call.empty({s.N, s.D * s.H}), h_n = call.empty({s.D, s.B, s.H});
@@ -235,7 +237,7 @@ std::string room_in_words(std::string mode, std::string products, int64_t hidden
                                             : Type::bf16;
   std::string words;
   for (const bool backward : {false, true}) {
-    const Room room = room_of(mode_of(mode), type, hidden, backward, int32_t(device));
+    const Room room = room_of(mode_of(mode, kOp), type, hidden, backward, int32_t(device));
     if (room.slices == 0) return "";
     const char* names[] = {"block", "cluster", "grid"};
     words += backward ? ", " : "";

@@ -15,6 +15,8 @@ using namespace seqkern::binding;
 using seqkern::Mode;
 using seqkern::Type;
 
+constexpr const char* kOp = "recurrent_step";
+
 // Rows of a matrix that the kernels can read: where the first one is, and elements between two.
 struct Matrix {
   void* data = nullptr;
@@ -30,8 +32,8 @@ struct Call {
 
   Call(const Tensor& like_, const std::string& name)
       : like(like_),
-        mode(mode_of(name)),
-        type(type_of(like_, "recurrent_step", "h")),
+        mode(mode_of(name, kOp)),
+        type(type_of(like_, kOp, "h")),
         device(like_.get_device_index()),
         gates(seqkern::gates_of(mode)) {
     STD_TORCH_CHECK(type != Type::f64, "recurrent_step: float64 has no kernel");
@@ -45,12 +47,11 @@ struct Call {
   // Contiguous rows, `apart` where they need not follow each other.
   Matrix rows(const char* name, const Tensor& t, int64_t n, int64_t width, bool apart = false,
               bool single = false) const {
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, "recurrent_step: ", name,
-                    " must be on cuda:", device);
+    expect_cuda(kOp, name, t, device);
     STD_TORCH_CHECK(t.scalar_type() == (single ? ScalarType::Float : like.scalar_type()),
                     "recurrent_step: ", name, " must have the dtype of ",
                     single ? "float32" : "the call");
-    expect_sizes(name, t, {n, width});
+    expect_sizes(kOp, name, t, {n, width});
     const bool side_by_side = width == 1 || t.stride(1) == 1;
     STD_TORCH_CHECK(
         side_by_side && (n < 2 || (apart ? t.stride(0) >= width : t.stride(0) == width)),
@@ -69,10 +70,10 @@ struct Call {
   }
   const void* bias(const char* name, const Optional& t, int64_t H) const {
     if (!t) return nullptr;
-    STD_TORCH_CHECK(t->dim() == 1 && t->is_contiguous() && t->is_cuda() &&
-                        t->get_device_index() == device && t->scalar_type() == like.scalar_type(),
-                    "recurrent_step: ", name, " must be (G*H,), of h's dtype and device");
-    expect_sizes(name, *t, {gates * H});
+    expect_cuda(kOp, name, *t, device);
+    STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == like.scalar_type(),
+                    "recurrent_step: ", name, " must be contiguous and of h's dtype");
+    expect_sizes(kOp, name, *t, {gates * H});
     return t->const_data_ptr();
   }
 

@@ -10,9 +10,16 @@ from seqkern.nn.cells import autocast_enabled
 from seqkern.ops._checks import check_like, check_shape, check_tensor
 from seqkern.ops._decoder_checks import check_rank, check_sequences
 from seqkern.ops.additive import normalized
+from seqkern.ops.choice import has_native_kernel
 from seqkern.ops.decoder import attention_decoder
 
 State = Any  # (N, H), or for LSTMCell a pair of them
+
+
+def only_attention(device: str) -> bool:
+    """Whether a type of device has a kernel for additive attention and none for the decoder."""
+    fused = has_native_kernel("attention_decoder", device)
+    return not fused and has_native_kernel("additive_attention", device)
 
 
 class AttentionDecoder(nn.Module):
@@ -22,7 +29,8 @@ class AttentionDecoder(nn.Module):
         s_i = cell([x_i ; c_i], s_{i-1})
 
     (Bahdanau, Cho and Bengio 2015, appendix A.2.2). With ``AdditiveAttention`` all steps are one
-    call of ``seqkern.attention_decoder``; with Luong's scores they run one after another.
+    call of ``seqkern.attention_decoder``; with Luong's scores, and on a device that has a kernel
+    for the attention but none for that call, they run one after another.
 
     Args:
         cell: ``GRUCell``, ``LSTMCell`` or ``RNNCell`` of ``seqkern.nn`` or ``torch.nn``, whose
@@ -86,7 +94,7 @@ class AttentionDecoder(nn.Module):
         value = key if value is None else value
         attend, cell = self.attention, self.cell
         projected = self._projected(key) if u_key is None else u_key
-        if isinstance(attend, AdditiveAttention):
+        if isinstance(attend, AdditiveAttention) and not only_attention(key.device.type):
             weights = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
             v = attend.v if attend.g is None else normalized(attend.v, attend.g)
             return attention_decoder(

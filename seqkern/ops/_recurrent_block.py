@@ -109,7 +109,7 @@ def forward(
     directions = h0.size(0)
     w = by_kind(weights, directions)
     w_ih = w.w_ih[0] if directions == 1 else torch.cat(w.w_ih)
-    gx = product(x.reshape(-1, x.size(-1)), w_ih.t())
+    gx = product(x.flatten(0, -2), w_ih.t())
     states = h0.contiguous(), None if c0 is None else c0.contiguous()
     tf32 = products(x.dtype) == "tf32"
     y, h_n, c_n, gates, cells = launch(
@@ -134,7 +134,7 @@ def backward(
     """seqkern::recurrent_backward: dx, dh0, dc0 and the gradients of the weights."""
     directions, _, hidden = h0.shape
     w = by_kind(weights, directions)
-    inputs = x.reshape(-1, x.size(-1))
+    inputs = x.flatten(0, -2)
     y = saved[0].reshape(-1, directions * hidden).contiguous()
     dy = None if grads[0] is None else grads[0].contiguous().view_as(y)
     dstates = [None if g is None else g.contiguous() for g in grads[1:]]
