@@ -13,9 +13,15 @@ from seqkern.tasks.recipes import RECIPES
 
 FOLDER = Path(__file__).parent / "results" / "models"
 HEAD = (
-    "| recipe | model | task | score | target | | published | seeds | seconds |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| recipe | model | task | score | target | | published | seeds | seconds | machine, threads |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
+
+
+def machine(of: dict) -> str:
+    """Its processor, without what only its maker needs, and the threads."""
+    processor = of["processor"].replace("(R)", "").removesuffix(" Processor")
+    return f"{processor}, {of['threads']}"
 
 
 def line(recipe: str, results: list[dict]) -> str:
@@ -32,10 +38,11 @@ def line(recipe: str, results: list[dict]) -> str:
     target = f"beside `{row.beside}` |" if row.target is None else f"{row.target:g} | {verdict}"
     seconds = mean(result["seconds"] for result in results)
     seeds = ", ".join(str(result["seed"]) for result in results)
+    machines = {machine(result["machine"]) for result in results}
     published = f"{row.published}: {row.source}" if row.published else ""
     return (
         f"| `{recipe}` | {row.model} | {row.task} | {row.score} {shown} | {target} | "
-        f"{published} | {seeds} | {seconds:.0f} |"
+        f"{published} | {seeds} | {seconds:.0f} | {'; '.join(sorted(machines))} |"
     )
 
 
