@@ -279,12 +279,21 @@ def test_what_train_refuses(call, run, data, tmp_path):
         "lr": "seqkern: a setting must be NAME=VALUE, got 'lr'",
         "bleu=foo": "seqkern: bleu must be a tokenisation of sacrebleu",
         "pad=1000": "seqkern: pad must be in 0 .. ",
+        "smoothing=2": "seqkern: smoothing must be in [0, 1), got 2.0",
+        "smoothing=-0.5": "seqkern: smoothing must be in [0, 1), got -0.5",
+        "longest=-1": "seqkern: longest must not be negative, got -1",
+        "symbols=-1": "seqkern: symbols must not be negative, got -1",
     }.items():
         line = call(*new, "--data", data, "--set", setting, status=2)
         assert line.startswith(message), line
     for device in ("foo", "cuda:99"):
         line = call(*new, "--data", data, "--device", device, status=2)
         assert line.startswith(f"seqkern: device must be one that is here, got '{device}'")
+    line = call(*new, "--data", data, "--device", "meta", status=2)
+    assert line == "seqkern: device must be cpu or cuda, got 'meta'"
+    for seed in (2**70, -1):
+        line = call(*new, "--data", data, "--seed", seed, status=2)
+        assert line == f"seqkern: seed must be in 0 .. 4294967295, got {seed}"
     assert "'pairs' needs data: a file" in call(*new, status=2)
     line = call(*new, "--data", data, "--layers", "cudnn", status=2)
     assert "layers must be one of" in line

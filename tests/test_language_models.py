@@ -296,7 +296,7 @@ def test_dropout_falls_in_training_only(train):
         (lambda: RNNLMConfig(V, tied=True), "embedding must equal hidden, got 128 and 256"),
         (lambda: RNNLMConfig(V, dropout=1.0), r"dropout must be in \[0, 1\), got 1"),
         (lambda: NNLMConfig(V, 1), "order must be at least 2"),
-        (lambda: NNLMConfig(V, start=V), "start must be a symbol in 0 .. 10, got 11"),
+        (lambda: NNLMConfig(V, start=V), "start must be in 0 .. 10, got 11"),
         (lambda: TransformerLMConfig(V, 10, 3), "width must be a multiple of heads, got 10 and 3"),
         (lambda: TransformerLM(TransformerLMConfig(V), "cudnn"), "layers must be one of"),
         (lambda: NNLM(NNLMConfig(V), "cudnn"), "layers must be one of"),

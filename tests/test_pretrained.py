@@ -1,6 +1,7 @@
 """A language model that becomes a classifier: its two losses, its two phases, and that it pays."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,8 +103,17 @@ def test_a_share_of_each_label_is_kept(sentences):
     assert abs(labels.count("north") - labels.count("south")) <= 4
     assert len(job.words) == 44
     assert set(job.data.train) <= set(job_of(sentences, share=1.0).data.train)
+
+
+def test_numbers_out_of_range_are_refused(sentences):
     with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
         job_of(sentences, share=0.0)
+    with pytest.raises(ValueError, match="pretrain must not be negative, got -5"):
+        job_of(sentences, pretrain=-5)
+    for name in ("bos", "pad"):
+        for number in (12, -7):
+            with pytest.raises(ValueError, match=rf"{name} must be in 0 \.\. 11, got {number}"):
+                replace(CONFIG, **{name: number})
 
 
 def test_the_first_steps_are_the_language(sentences):

@@ -38,12 +38,15 @@ def user_errors() -> Iterator[None]:
 
 
 def expect_device(name: str) -> None:
-    """Raises ValueError where tensors cannot be on the device of that name."""
+    """Raises ValueError where models cannot be on the device of that name."""
     try:
+        kind = torch.device(name).type
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter where CUDA was not compiled in
         reason = str(error).split("\n")[0]
         raise ValueError(f"device must be one that is here, got {name!r}: {reason}") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {name!r}")
 
 
 def progress_bar(disable: bool = False) -> Progress:

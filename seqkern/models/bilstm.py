@@ -73,7 +73,7 @@ class BiLSTMConfig:
     def __post_init__(self) -> None:
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
-        check_sizes(self, shares=("dropout",), free=("pad",))
+        check_sizes(self, shares=("dropout",))
         if self.directions not in (1, 2):
             raise ValueError(f"directions must be 1 or 2, got {self.directions}")
         if self.hidden % self.directions:

@@ -39,11 +39,9 @@ class NNLMConfig:
     start: int = 1
 
     def __post_init__(self) -> None:
-        check_sizes(self, shares=("dropout",), free=("start",))
+        check_sizes(self, shares=("dropout",))
         if self.order < 2:
             raise ValueError(f"order must be at least 2, one symbol to look at, got {self.order}")
-        if not 0 <= self.start < self.symbols:
-            raise ValueError(f"start must be a symbol in 0 .. {self.symbols - 1}, got {self.start}")
 
 
 class NNLM(nn.Module):

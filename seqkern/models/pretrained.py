@@ -41,7 +41,7 @@ class PretrainedConfig:
     bos: int = 1
 
     def __post_init__(self) -> None:
-        check_sizes(self, shares=("dropout",), free=("pad", "bos"))
+        check_sizes(self, shares=("dropout",))
 
 
 class PretrainedClassifier(nn.Module):

@@ -57,7 +57,7 @@ class RNNSearchConfig:
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ValueError(f"score must be one of {SCORES}, got {self.score!r}")
-        check_sizes(self, shares=("dropout",), free=("pad",))
+        check_sizes(self, shares=("dropout",))
         if self.hidden % 2:
             raise ValueError(f"hidden must be even, half for each direction, got {self.hidden}")
 

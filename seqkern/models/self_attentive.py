@@ -72,7 +72,7 @@ class SelfAttentiveConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
-        check_sizes(self, shares=("dropout",), free=("pad", "penalty"))
+        check_sizes(self, shares=("dropout",), free=("penalty",))
         if not self.penalty >= 0:
             raise ValueError(f"penalty must not be negative, got {self.penalty}")
         if self.hidden % 2:

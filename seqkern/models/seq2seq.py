@@ -50,7 +50,7 @@ class Seq2SeqConfig:
     def __post_init__(self) -> None:
         if self.cell not in CELLS:
             raise ValueError(f"cell must be one of {CELLS}, got {self.cell!r}")
-        check_sizes(self, shares=("dropout",), free=("pad",))
+        check_sizes(self, shares=("dropout",))
 
 
 class Vector(NamedTuple):

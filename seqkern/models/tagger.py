@@ -69,7 +69,7 @@ class TaggerConfig:
     pad: int = 0
 
     def __post_init__(self) -> None:
-        check_sizes(self, shares=("dropout",), free=("pad", "letters", "intents"))
+        check_sizes(self, shares=("dropout",), free=("letters", "intents"))
         for name in ("letters", "intents"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -61,7 +61,7 @@ class TextCNNConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))  # from a file it is a list
-        check_sizes(self, shares=("dropout",), free=("pad", "max_norm"))
+        check_sizes(self, shares=("dropout",), free=("max_norm",))
         if not self.widths or any(type(h) is not int or h < 1 for h in self.widths):
             raise ValueError(f"widths must be whole numbers of at least 1, got {self.widths}")
         if not self.max_norm >= 0:

@@ -57,7 +57,7 @@ class TransformerConfig:
     pad: int = 0
 
     def __post_init__(self) -> None:
-        check_sizes(self, shares=("dropout",), free=("pad",))
+        check_sizes(self, shares=("dropout",))
         if self.width % self.heads or self.width % 2:
             raise ValueError(
                 f"width must be even and a multiple of heads, got {self.width} and {self.heads}"

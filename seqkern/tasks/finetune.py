@@ -35,10 +35,14 @@ class FineTuneJob(ClassifyJob):
     def _all(self) -> Parts:
         return super().read()
 
-    def read(self) -> Parts:
-        """The parts, of which "train" is what keeps its label."""
+    def check_reading(self) -> None:
         if not 0 < self.reading["share"] <= 1:
             raise ValueError(f"share must be in (0, 1], got {self.reading['share']}")
+        if self.reading["pretrain"] < 0:
+            raise ValueError(f"pretrain must not be negative, got {self.reading['pretrain']}")
+
+    def read(self) -> Parts:
+        """The parts, of which "train" is what keeps its label."""
         by_label = defaultdict(list)
         for example in self._all.train:
             by_label[example.label].append(example)

@@ -111,6 +111,7 @@ class Job(ABC):
             )
         self.spec = spec
         self.reading = self.READING | self.task_reading() | spec.reading
+        self.check_reading()
         self.vocabs: dict[str, Any] = {}
         if vocabularies is None:
             self.vocabs = self.build_vocabs()
@@ -134,6 +135,9 @@ class Job(ABC):
     def task_reading(self) -> dict[str, Any]:
         """What of READING is other for the spec's task."""
         return {}
+
+    def check_reading(self) -> None:  # noqa: B027 - most options are checked by what reads them
+        """Raises ValueError where an option of reading is out of range."""
 
     @abstractmethod
     def read(self) -> Parts:

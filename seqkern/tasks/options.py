@@ -11,6 +11,7 @@ from torch import nn
 
 SCHEDULES = ("cosine", "linear", "noam", "constant")
 PRECISIONS = ("float32", "bfloat16")
+SEEDS = 2**32  # a process of many makes its own of it, and 64 bits have to hold that
 
 Optimizers = dict[str, Callable[[list[nn.Parameter], "TrainOptions"], torch.optim.Optimizer]]
 OPTIMIZERS: Optimizers = {
@@ -84,6 +85,8 @@ class TrainOptions:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2 must be in [0, 1), got {self.beta2}")
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed must be in 0 .. {SEEDS - 1}, got {self.seed}")
         choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS}
         for name, known in choices.items():
             if getattr(self, name) not in known:

@@ -90,11 +90,13 @@ class TaggingJob(Job):
     ) -> None:
         super().__init__(spec, vocabularies)
         self.score = self.reading["score"]
-        if self.score not in SCORES:
-            raise ValueError(f"score must be one of {SCORES}, got {self.score!r}")
 
     def task_reading(self) -> dict[str, Any]:
         return {"score": "slot_f1" if self.spec.task in ("iob", "snips") else "accuracy"}
+
+    def check_reading(self) -> None:
+        if self.reading["score"] not in SCORES:
+            raise ValueError(f"score must be one of {SCORES}, got {self.reading['score']!r}")
 
     def read(self) -> Parts:
         """The sentences in the parts that TASKS says."""

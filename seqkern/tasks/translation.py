@@ -109,6 +109,13 @@ class TranslationJob(Job):
     def task_reading(self) -> dict[str, Any]:
         return DEFAULTS[self.spec.task]
 
+    def check_reading(self) -> None:
+        if not 0 <= self.reading["smoothing"] < 1:
+            raise ValueError(f"smoothing must be in [0, 1), got {self.reading['smoothing']}")
+        for name in ("symbols", "longest"):
+            if self.reading[name] < 0:
+                raise ValueError(f"{name} must not be negative, got {self.reading[name]}")
+
     @cached_property
     def source(self) -> Side:
         """How sources become numbers."""
