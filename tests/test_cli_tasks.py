@@ -185,6 +185,21 @@ def test_plots(call, run, tmp_path):
     assert "must end in one of" in line
 
 
+def test_plots_refuse_what_they_do_not_show(call, run, data, tmp_path):
+    """Runs after the first of alignments, texts of other figures, curves on unlike axes."""
+    out = ["--out", tmp_path / "a.svg"]
+    line = call("plot", "alignments", run, tmp_path / "none", "--text", "abcd", *out, status=2)
+    assert line == "seqkern: alignments are of one run, got 2"
+    line = call("plot", "curves", run, "--text", "abcd", *out, status=2)
+    assert line == "seqkern: text is for alignments, got it for 'curves'"
+    other = tmp_path / "other"
+    small = ["--data", data, "--steps", 1, "--set", "hidden=8", "--set", "bleu=none"]
+    call(*TRAIN, "--run", other, *small)
+    line = call("plot", "curves", run, other, *out, status=2)
+    assert line.endswith("unit and one score, got symbol and sequence_error, symbol and bleu")
+    assert not (tmp_path / "a.svg").exists()
+
+
 def test_bleu_by_length_is_drawn(call, data, tmp_path):
     runs = [tmp_path / name for name in ("a", "b")]
     given = ["--set", "hidden=8", "--set", "bleu=none", "--data", data, "--steps", 2]
@@ -262,6 +277,21 @@ def test_reproduce(call, data, tmp_path, monkeypatch):
     assert "recipe must be one of" in call("reproduce", "unheard-of", status=2)
 
 
+def test_one_folder_of_corpora_is_for_every_recipe(call, tmp_path, monkeypatch):
+    """A recipe that reads none of them leaves it alone; a user who names one is told."""
+    recipe = replace(
+        recipes.RECIPES["fast-weights-20"],
+        reading={"train": 40, "dev": 10, "test": 10, "pairs": 2},
+        sizes={"hidden": 8, "embedding": 8, "readout": 8},
+        options={"steps": 2, "batch_size": 8},
+    )
+    monkeypatch.setitem(recipes.RECIPES, "toy", recipe)
+    out = call("reproduce", "toy", "--data", tmp_path, "--out", tmp_path)
+    assert "toy, seed 1: error" in out
+    line = call("evaluate", tmp_path / "toy-seqkern-1", "--data", tmp_path, status=2)
+    assert line == f"seqkern: task 'retrieval' takes no data, got '{tmp_path}'"
+
+
 def test_what_train_refuses(call, run, data, tmp_path):
     line = call(*TRAIN, "--run", run, "--set", "lr=0.5", status=2)
     assert line.startswith("seqkern: lr is 0.5 here and 0.01 in")
@@ -304,6 +334,33 @@ def test_what_train_refuses(call, run, data, tmp_path):
     assert "needs data: the folder that holds" in call(
         "train", "rnnsearch", "--task", "multi30k-de-en", status=2
     )
+    path, corpora = tmp_path / "labelled.tsv", ["--data", "/nowhere"]
+    path.write_text("a\tx\n")
+    for model, task, more, message in (
+        ("fast-weights", "retrieval", corpora, "task 'retrieval' takes no data, got '/nowhere'"),
+        ("graph", "listops", corpora, "task 'listops' takes no data, got '/nowhere'"),
+        ("rnnsearch", "cmudict", corpora, "task 'cmudict' takes no data, got '/nowhere'"),
+        (
+            "textcnn",
+            "labelled",
+            ["--data", path, "--set", "labels=fine"],
+            "['labels']: not options of task 'labelled', which has min_count, unknown, words",
+        ),
+        (
+            "treelstm",
+            "trees",
+            ["--data", path, "--set", "depth=2"],
+            "['depth']: not options of task 'trees', which has loss, min_count",
+        ),
+        (
+            "graph",
+            "conllu",
+            ["--data", path, "--set", "loss=root"],
+            "['loss']: not options of task 'conllu', which has min_count",
+        ),
+    ):
+        line = call("train", model, "--task", task, "--run", tmp_path / "new", *more, status=2)
+        assert line == f"seqkern: {message}"
     bad = tmp_path / "bad.tsv"
     bad.write_text("a\tb\nno tab\n")
     line = call(*new, "--data", bad, status=2)

@@ -17,9 +17,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 Checkpoint = Annotated[Path, typer.Argument(help="folder of a run, or a checkpoint in it")]
 Data = Annotated[
     str,
-    typer.Option(
-        help="folder of the corpora, or your file; needed but for generated data and cmudict"
-    ),
+    typer.Option(help="folder of the corpora, or your file; none for generated data and cmudict"),
 ]
 Beam = Annotated[int, typer.Option(help="hypotheses kept, where a model decodes; 1 is greedy")]
 Layers = Annotated[

@@ -28,6 +28,7 @@ def evaluate(
         path = result_path(checkpoint)
         content = checkpoints.load(path)
         job = restore_job(content, layers, data)
+        job.expect_data_for(job.spec.task, data or "")
         expect_same_data(path, content, job)
         scores = job.evaluate(part, beam=beam)
     print(f"{job.spec.model} on {job.spec.task}, {part}: {len(job.part(part))} examples")

@@ -32,6 +32,8 @@ def plot(
 ) -> None:
     """Draw learning curves, the alignments of texts, BLEU by length, or vanishing gradients."""
     with user_errors():
+        if text and kind != "alignments":
+            raise ValueError(f"text is for alignments, got it for {kind!r}")
         if kind == "curves":
             figure = _curves(runs)
         elif kind == "alignments":
@@ -47,20 +49,27 @@ def plot(
 
 
 def _curves(runs: list[Path]):
-    job = restore_job(checkpoint.load(checkpoint_path(runs[0])))
     names = _names(runs)
+    jobs = [restore_job(checkpoint.load(checkpoint_path(run))) for run in runs]
+    (unit, score), *others = dict.fromkeys((job.unit, job.score) for job in jobs)
+    if others:
+        raise ValueError(
+            f"curves need runs of one unit and one score, got {unit} and {score}, "
+            + ", ".join(map(" and ".join, others))
+        )
     losses = {names[run]: [line["loss"] for line in read_log(log_path(run))] for run in runs}
     scores: dict[str, list[tuple[int, float]]] = {}
     for run in runs:
         lines = read_log(scores_path(run)) if scores_path(run).exists() else []
-        points = [(int(line["step"]), line[job.score]) for line in lines if job.score in line]
-        scores[names[run]] = points
-    return curves(losses, scores, job.unit, job.score)
+        scores[names[run]] = [(int(line["step"]), line[score]) for line in lines if score in line]
+    return curves(losses, scores, unit, score)
 
 
 def _alignments(runs: list[Path], texts: list[str]):
     if not texts:
         raise ValueError("alignments need a source: --text TEXT, as often as you like")
+    if len(runs) > 1:
+        raise ValueError(f"alignments are of one run, got {len(runs)}")
     job = load_job(runs[0])
     return heat_maps([job.align(text) for text in texts])
 

@@ -92,6 +92,10 @@ class ClassifyJob(Job):
         "min_count": 1,
         "unknown": 0.25,
     }
+    OF_TASKS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "labels": ("trec",),
+        "out_of_scope": ("clinc150",),
+    }
     unit = "sentence"
     score = "accuracy"
     higher = True

@@ -93,14 +93,17 @@ class GraphJob(Job):
     """The graph network on trees as graphs, or on dependency parses.
 
     With the readout "nodes" each node has scores, and a tree's label is found at its root; else
-    the graph has. Options of reading are those of TreeJob; loss counts for the readout "nodes".
+    the graph has. Options of reading are those of TreeJob, of parses min_count alone; loss counts
+    for the readout "nodes".
     """
 
     TASKS: ClassVar[dict[str, str]] = {
         **trees.TASKS,
         **PARSES,
     }
+    WITHOUT_DATA: ClassVar[tuple[str, ...]] = trees.GENERATED
     READING: ClassVar[dict[str, Any]] = trees.READING
+    OF_TASKS: ClassVar[dict[str, tuple[str, ...]]] = {**trees.OF_TASKS, "loss": (*trees.TASKS,)}
     score = "accuracy"
     unit = "label"
     higher = True

@@ -44,7 +44,7 @@ class JobSpec:
         model: a name of the registry, as "rnnlm".
         task: a corpus known by name ("trec"), a format of the user's own file ("pairs"), or data
             that is generated ("retrieval"); each job says which it knows.
-        data: the folder of the corpora, or the user's file or folder; "" where none is needed.
+        data: the folder of the corpora, or the user's file or folder; "" where none is read.
         layers: "seqkern" or "torch".
         seed: of the weights, and of a split or generator where there is one.
         sizes: fields of the model's config, other than its default.
@@ -91,7 +91,9 @@ class Job(ABC):
     """
 
     TASKS: ClassVar[dict[str, str]]  # what the job reads: name, and a line on it
+    WITHOUT_DATA: ClassVar[tuple[str, ...]] = ()  # tasks that read no file or folder of the user's
     READING: ClassVar[dict[str, Any]] = {}  # options of reading, with their defaults
+    OF_TASKS: ClassVar[dict[str, tuple[str, ...]]] = {}  # options that these tasks alone have
     unit: ClassVar[str]  # what the loss is the mean over
     score: str  # the dev score that early stopping looks at, a key of `evaluate`'s result
     higher: bool  # whether a higher score is better
@@ -104,11 +106,14 @@ class Job(ABC):
             raise ValueError(
                 f"task of model {spec.model!r} must be one of {known}, got {spec.task!r}"
             )
-        if unknown := spec.reading.keys() - self.READING.keys():
-            known = ", ".join(sorted(self.READING)) or "none"
+        options = {n for n in self.READING if spec.task in self.OF_TASKS.get(n, self.TASKS)}
+        if unknown := spec.reading.keys() - options:
+            known = ", ".join(sorted(options)) or "none"
             raise ValueError(
                 f"{sorted(unknown)}: not options of task {spec.task!r}, which has {known}"
             )
+        if vocabularies is None:
+            self.expect_data_for(spec.task, spec.data)
         self.spec = spec
         self.reading = self.READING | self.task_reading() | spec.reading
         self.check_reading()
@@ -121,6 +126,12 @@ class Job(ABC):
             torch.manual_seed(spec.seed)
             self.model: Any = self.build_model()
             self.rng_state = torch.get_rng_state()
+
+    @classmethod
+    def expect_data_for(cls, task: str, data: str) -> None:
+        """Raises ValueError where data is given to a task that reads none."""
+        if data and task in cls.WITHOUT_DATA:
+            raise ValueError(f"task {task!r} takes no data, got {data!r}")
 
     @cached_property
     def data(self) -> Parts:

@@ -18,7 +18,7 @@ from seqkern.tasks.checkpoint import write_atomically
 from seqkern.tasks.job import JobSpec
 from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.recipes import RECIPES, Recipe
-from seqkern.tasks.registry import make_job
+from seqkern.tasks.registry import entry, load, make_job
 from seqkern.tasks.run import (
     OnScores,
     OnStep,
@@ -68,7 +68,12 @@ def recipe_named(name: str) -> Recipe:
 
 
 def start(recipe: Recipe, data: str, seed: int, layers: str, folder: Path) -> Trainer:
-    """The trainer of a recipe: a new one, or that of the folder's checkpoint."""
+    """The trainer of a recipe: a new one, or that of the folder's checkpoint.
+
+    One folder of corpora is given to all recipes, and to those that read none too.
+    """
+    if recipe.task in load(entry(recipe.model).job).WITHOUT_DATA:
+        data = ""
     if checkpoint_path(folder).exists():
         trainer = Trainer.resume(checkpoint_path(folder), data=data or None)
     else:

@@ -67,6 +67,7 @@ class RetrievalJob(Job):
     """
 
     TASKS: ClassVar[dict[str, str]] = {"retrieval": "generated: c9k8j3f1??c asks for c's digit, 9"}
+    WITHOUT_DATA: ClassVar[tuple[str, ...]] = ("retrieval",)
     READING: ClassVar[dict[str, Any]] = {
         "pairs": 4,
         "train": 100_000,

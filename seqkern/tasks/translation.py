@@ -88,6 +88,7 @@ class TranslationJob(Job):
         "multi30k-de-en": "captions of Multi30k, German to English, tokenised in lower case",
         "tatoeba-en-zh": "sentences of Tatoeba, English to Chinese",
     }
+    WITHOUT_DATA: ClassVar[tuple[str, ...]] = ("cmudict",)
     READING: ClassVar[dict[str, Any]] = {
         "source_tokens": "",
         "target_tokens": "",

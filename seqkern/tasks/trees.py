@@ -37,6 +37,10 @@ READING: dict[str, Any] = {
     "nested": 0.25,
     "operators": tuple(listops.OPERATORS),
 }
+# What is generated reads no data, and has options of its own.
+GENERATED = ("listops",)
+EXPRESSIONS = ("examples", "held_out", "depth", "arguments", "nested", "operators")
+OF_TASKS: dict[str, tuple[str, ...]] = dict.fromkeys(EXPRESSIONS, GENERATED)
 
 
 def tree_parts(task: str, data: str, reading: dict[str, Any], seed: int) -> Parts:
@@ -114,7 +118,9 @@ class TreeJob(Job):
     """
 
     TASKS: ClassVar[dict[str, str]] = TASKS
+    WITHOUT_DATA: ClassVar[tuple[str, ...]] = GENERATED
     READING: ClassVar[dict[str, Any]] = READING
+    OF_TASKS: ClassVar[dict[str, tuple[str, ...]]] = OF_TASKS
     unit = "node"
     score = "accuracy"
     higher = True
