@@ -83,7 +83,11 @@ def test_translate_keeps_the_lines(call, run, tmp_path):
     path = tmp_path / "lines.gz"
     path.write_bytes(gzip.compress("\ufeffabcd\n\u200b\nda\u0085b\n".encode()))
     line = call("translate", run, path, status=2)
-    assert "symbols ['\\x85'] are not in the training data" in line
+    assert line.startswith(
+        f"seqkern: {path}:3: cannot decode 'da\\x85b': symbols ['\\x85'] are not"
+    )
+    line = call("translate", run, input="abcd\n\n\nxyz\n", status=2)
+    assert line.startswith("seqkern: standard input:4: cannot decode 'xyz': symbols")
     path.write_bytes(gzip.compress("\ufeffabcd\r\n\u200b\ndab".encode()))
     assert call("translate", run, path) == "A B C D\n\nD A B\n"
     latin = tmp_path / "latin.txt"
@@ -91,6 +95,22 @@ def test_translate_keeps_the_lines(call, run, tmp_path):
     assert f"{latin}:2: not UTF-8" in call("translate", run, latin, status=2)
     line = call("translate", run, input=b"\xe4", status=2)
     assert line.startswith("seqkern: standard input:1: not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "sizes", "good", "bad"),
+    [
+        ("treelstm", "listops", ("examples=20", "held_out=5", "depth=2"), "[MAX 1 2 ]", "[MAX 1"),
+        ("graph", "listops", ("examples=20", "held_out=5", "depth=2"), "[MAX 1 2 ]", "[MAX 1"),
+        ("fast-weights", "retrieval", ("train=20", "dev=5", "test=5"), "c9k8??c", "c9k8?c"),
+    ],
+)
+def test_translate_names_the_line_of_any_task(call, tmp_path, model, task, sizes, good, bad):
+    given = [word for size in ("hidden=8", "embedding=8", *sizes) for word in ("--set", size)]
+    call("train", model, "--task", task, "--run", tmp_path, "--steps", 1, *given)
+    assert len(call("translate", tmp_path, input=f"{good}\n{good}\n").splitlines()) == 2
+    line = call("translate", tmp_path, input=f"{good}\n\n{bad}\n", status=2)
+    assert line.startswith("seqkern: standard input:3: expected ")
 
 
 def test_a_new_run_has_nothing_of_the_old(call, data, tmp_path):

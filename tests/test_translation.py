@@ -126,6 +126,20 @@ def test_long_pairs_are_cut_in_training(words):
     assert torch.all(batch.y[:, -1] == EOS)
 
 
+def test_a_long_source_may_have_a_long_target(words):
+    """A model that never ends writes as many symbols as it may, beside whichever sources."""
+    job = job_of("seq2seq", words)
+    job.model.output.bias.data[EOS] = -1e9
+    sources = ["a" * n for n in (5, 32, 33, 64, 65)]
+    targets = job.decode(sources, beam=2)
+    assert [len(target.split()) for target in targets] == [64, 64, 128, 128, 256]
+    assert [job.decode([source], beam=2) for source in sources] == [[target] for target in targets]
+    assert len(job.predict(["a" * 33], beam=2)[0].split()) == 128
+    cut = job_of("seq2seq", words, longest=3)
+    cut.model.output.bias.data[EOS] = -1e9
+    assert [len(target.split()) for target in cut.decode(sources)] == [3] * 5
+
+
 def test_subwords():
     texts = ["a low lower lowest", "new newer newest", "wide wider widest"] * 20
     subwords = Subwords.build(texts, 40)

@@ -46,12 +46,19 @@ def translate(
 ) -> None:
     """Print the model's answer to each line of a file, a line each; an empty line stays one."""
     with user_errors():
-        if source is None:
-            numbered = lines_of(sys.stdin.buffer.read(), "standard input")
-        else:
-            numbered = read_lines(source)
-        lines = [line for _, line in numbered]
-        asked = [line for line in lines if not blank(line)]
-        answers = iter(load_job(checkpoint, layers).predict(asked, beam=beam) if asked else [])
-    for line in lines:
+        name = "standard input" if source is None else str(source)
+        lines = list(read_lines(source) if source else lines_of(sys.stdin.buffer.read(), name))
+        asked = [(number, line) for number, line in lines if not blank(line)]
+        answers = iter(_answers(load_job(checkpoint, layers), name, asked, beam) if asked else [])
+    for _, line in lines:
         print("" if blank(line) else next(answers))
+
+
+def _answers(job: Job, name: str, lines: list[tuple[int, str]], beam: int) -> list[str]:
+    """The answers to the numbered lines of a file; a ValueError says which one has none."""
+    for number, line in lines:
+        try:
+            job.expect_readable(line)
+        except ValueError as error:
+            raise ValueError(f"{name}:{number}: {error}") from error
+    return job.predict([line for _, line in lines], beam=beam)

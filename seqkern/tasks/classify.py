@@ -195,6 +195,9 @@ class ClassifyJob(Job):
         sentences = [self._words_in(text) for text in texts]
         return [self.labels[i] for i in self.log_p(sentences).argmax(-1).tolist()]
 
+    def expect_readable(self, text: str) -> None:
+        self._words_in(text)
+
     def _words_in(self, text: str) -> tuple[str, ...]:
         if words := words_of(text, self.reading["words"]):
             return words

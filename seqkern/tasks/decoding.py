@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -146,26 +147,40 @@ def _done(y: Tensor, score: Tensor, alpha: float, max_length: int) -> bool:
     return bool((closed.amax(1) >= open_.amax(1)).all())
 
 
+def longest_target(source: int) -> int:
+    """Most symbols of a target, EOS included, of a source of so many: at least 64.
+
+    They are the least power of two that is twice the source's or more, so that many lengths have
+    one bound and run together.
+    """
+    return max(64, 1 << (2 * source - 1).bit_length())
+
+
 def decode(
     model: Decodable,
     sources: Sequence[Sequence[int]],
     *,
     beam: int = 4,
-    max_length: int = 64,
+    max_length: Callable[[int], int] = longest_target,
     batch_size: int = 256,
 ) -> list[list[int]]:
     """The best target of each source, both in numbers, in the order given.
 
-    Sources of like length run together.
+    Sources of like length and of one bound run together, so that none depends on the others.
+
+    Args:
+        max_length: most symbols of the target, EOS included, of a source of so many.
     """
     device = next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     targets: list[list[int]] = [[] for _ in sources]
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        x, lengths = pad_sources([sources[i] for i in chosen])
-        x, lengths = x.to(device), lengths.to(device)
-        found = beam_search(model, x, lengths, beam=beam, max_length=max_length)
-        for i, numbers in zip(chosen, found.y.tolist(), strict=True):
-            targets[i] = numbers
+    for bound, group in groupby(order, key=lambda i: max_length(len(sources[i]))):
+        rows = list(group)
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            x, lengths = pad_sources([sources[i] for i in chosen])
+            x, lengths = x.to(device), lengths.to(device)
+            found = beam_search(model, x, lengths, beam=beam, max_length=bound)
+            for i, numbers in zip(chosen, found.y.tolist(), strict=True):
+                targets[i] = numbers
     return targets

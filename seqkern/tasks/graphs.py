@@ -240,10 +240,13 @@ class GraphJob(Job):
             ValueError: a text is no tree in brackets; for listops no expression; for conllu not
                 words with their heads, see parse_line.
         """
-        task = self.spec.task
-        examples = [
-            parse_line(t) if task in PARSES else graph_of_tree(trees.tree_of(task, t))
-            for t in texts
-        ]
+        examples = [self._graph_in(text) for text in texts]
         found = (p.argmax(-1).tolist() for p in self._log_p(examples))
         return [" ".join(self.labels[i] for i in numbers) for numbers in found]
+
+    def expect_readable(self, text: str) -> None:
+        self._graph_in(text)
+
+    def _graph_in(self, text: str) -> LabelledGraph:
+        task = self.spec.task
+        return parse_line(text) if task in PARSES else graph_of_tree(trees.tree_of(task, text))

@@ -182,6 +182,9 @@ class Job(ABC):
     def predict(self, texts: Sequence[str], **options: Any) -> list[str]:
         """One line of answer for each line of input."""
 
+    def expect_readable(self, text: str) -> None:  # noqa: B027 - some answer any text
+        """Raises ValueError where `predict` cannot answer a text."""
+
     def align(self, text: str) -> Alignment:
         """What the model attends to in a text.
 

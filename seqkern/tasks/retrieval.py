@@ -132,11 +132,14 @@ class RetrievalJob(Job):
         self.model.eval()
         answers = []
         for text in texts:
-            shown, ask, key = text[:-3], text[-3:-1], text[-1:]
-            keys, values = shown[::2], shown[1::2]
-            right = ask == ASK and len(keys) == len(values) > 0 and set(key) <= set(KEYS)
-            if not right or not set(keys) <= set(KEYS) or not set(values) <= set(VALUES):
-                raise ValueError(f"expected pairs, ?? and a letter, as c9k8??c, got {text!r}")
+            self.expect_readable(text)
             best = self.model(self._x([text]).to(self.device)).argmax(-1)
             answers.append(self.vocabs["labels"][int(best)])
         return answers
+
+    def expect_readable(self, text: str) -> None:
+        shown, ask, key = text[:-3], text[-3:-1], text[-1:]
+        keys, values = shown[::2], shown[1::2]
+        right = ask == ASK and len(keys) == len(values) > 0 and set(key) <= set(KEYS)
+        if not right or not set(keys) <= set(KEYS) or not set(values) <= set(VALUES):
+            raise ValueError(f"expected pairs, ?? and a letter, as c9k8??c, got {text!r}")

@@ -222,6 +222,9 @@ class TaggingJob(Job):
         """
         return [" ".join(tags) for tags in self.decode(self.cut(texts))[0]]
 
+    def expect_readable(self, text: str) -> None:
+        self.cut([text])
+
     def cut(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
         """The words of each text, at least one."""
         for text in texts:

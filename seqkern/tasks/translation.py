@@ -21,7 +21,7 @@ from seqkern.tasks.data import (
     references,
     split_by_source,
 )
-from seqkern.tasks.decoding import beam_search, decode
+from seqkern.tasks.decoding import beam_search, decode, longest_target
 from seqkern.tasks.job import Alignment, Job, Parts
 from seqkern.tasks.metrics import bleu, bleu_signature, error_rates, perplexity
 from seqkern.tasks.registry import build_model
@@ -76,7 +76,7 @@ class TranslationJob(Job):
     Options of reading: source_tokens and target_tokens, "chars", "words" or "subwords"; symbols,
     most symbols of a vocabulary (0: all; of subwords, 4,000); min_count, occurrences of a symbol
     that is kept; reverse, the source backwards; lower, sources in lower case; longest, most
-    symbols of a side in training and of a decoded target (0: all, and 64 of a decoded one);
+    symbols of a side in training and of a decoded target (0: all, see decoding.longest_target);
     bleu, sacrebleu's tokenisation ("13a", "zh", "none" for text that is tokenised already), or ""
     for error rates; smoothing, of the labels (Szegedy et al., 2016).
     """
@@ -218,10 +218,9 @@ class TranslationJob(Job):
             label_smoothing=self.reading["smoothing"] if self.model.training else 0.0,
         )
 
-    @cached_property
-    def max_length(self) -> int:
-        """Most symbols of a decoded target, EOS included."""
-        return self.reading["longest"] or 64
+    def max_length(self, source: int) -> int:
+        """Most symbols of a decoded target, EOS included, of a source of so many."""
+        return self.reading["longest"] or longest_target(source)
 
     def decode(self, sources: Sequence[str], beam: int = 4) -> list[str]:
         """The best target of each source."""
@@ -236,10 +235,12 @@ class TranslationJob(Job):
         Raises:
             ValueError: a text is empty, or has a character that the training data had not.
         """
-        texts = [self._cased(text) for text in texts]
         for text in texts:
-            self.source.known(text)
-        return self.decode(texts, beam)
+            self.expect_readable(text)
+        return self.decode([self._cased(text) for text in texts], beam)
+
+    def expect_readable(self, text: str) -> None:
+        self.source.known(self._cased(text))
 
     def evaluate(self, part: str, *, beam: int = 1, **_: Any) -> dict[str, float]:
         """Error rates or BLEU over the distinct sources, and the loss, on "dev" or "test".
@@ -316,13 +317,13 @@ class TranslationJob(Job):
         if not getattr(self.model, "aligns", True):
             return super().align(text)
         numbers = self.source.known(self._cased(text))
-        x, lengths = pad_sources([numbers])
+        x, lengths = (t.to(self.device) for t in pad_sources([numbers]))
         self.model.eval()
-        best = beam_search(self.model, x, lengths, beam=beam, max_length=self.max_length)
+        bound = self.max_length(len(numbers))
+        best = beam_search(self.model, x, lengths, beam=beam, max_length=bound)
         y = [n for n in best.y[0].tolist() if n not in (PAD, EOS)]
-        return Alignment(
-            self.source.symbols(numbers), self.target.symbols(y), best.alignment[0, : len(y) + 1]
-        )
+        weights = best.alignment[0, : len(y) + 1].cpu()
+        return Alignment(self.source.symbols(numbers), self.target.symbols(y), weights)
 
 
 def _multi30k(root: str) -> Parts:

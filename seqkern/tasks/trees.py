@@ -218,3 +218,6 @@ class TreeJob(Job):
         """
         trees = [tree_of(self.spec.task, text) for text in texts]
         return [self.labels[i] for _, p in self._log_p(trees) for i in p.argmax(-1).tolist()]
+
+    def expect_readable(self, text: str) -> None:
+        tree_of(self.spec.task, text)
