@@ -19,7 +19,9 @@ Its three attentions do three things, and have the names of what they do:
 
 Embeddings are multiplied by sqrt(d). Deliberate differences: `shared` ties E_x to E_y too (the
 paper does), which needs one vocabulary for both sides; `norm_first` puts LN before the parts, as
-in later models (Xiong et al., 2020), with one more at the end of either stack.
+in later models (Xiong et al., 2020), with one more at the end of either stack. As in most later
+models W^Q, W^K, W^V and W^O have biases, and dropout is on the attention's weights and between W_1
+and W_2 too; the paper has neither (3.2.2, 5.4).
 
 In decoding the keys and values of what was written are kept, and those of the source are computed
 once; the hypotheses of a beam read the same source together.
