@@ -219,6 +219,30 @@ def test_slots_and_intents_are_learnt(snips_root, tmp_path, spellings, crf):
         assert one.predict(["play more by dono999 zz999", "play some by Bono998"]) == answers
 
 
+def test_slots_and_intents_of_your_own_folder(snips_root):
+    """Read as SNIPS is; dev may be named valid, or is a tenth of train."""
+    folder = snips_root / "permissive" / "snips"
+    sizes = {"embedding": 8, "hidden": 8}
+    for model in ("joint", "tagger"):
+        job = make_job(JobSpec(model, "slots", str(folder), sizes=sizes))
+        assert job.data == make_job(JobSpec(model, "snips", str(snips_root), sizes=sizes)).data
+        assert job.score == "slot_f1"
+    triples(folder, "dev", *tagged(10, 3))
+    job = make_job(JobSpec("joint", "slots", str(folder), sizes=sizes))
+    assert [len(part) for part in job.data] == [150, 10, 30]
+    run(job, steps=1)
+    assert set(job.evaluate("test")) >= {"slot_f1", "intent_accuracy", "sentence_accuracy"}
+    for part in ("dev", "valid"):
+        (folder / f"{part}.seq.in.gz").unlink()
+    job = make_job(JobSpec("joint", "slots", str(folder), sizes=sizes))
+    assert [len(part) for part in job.data] == [135, 15, 30]
+    with pytest.raises(ValueError, match="'slots' needs data: a folder of train"):
+        make_job(JobSpec("joint", "slots"))
+    (folder / "train.label.gz").unlink()
+    with pytest.raises(ValueError, match=r"holds no train\.label"):
+        make_job(JobSpec("joint", "slots", str(folder), sizes=sizes))
+
+
 def test_the_loss_of_tags_is_a_mean_over_words(snips_root):
     spec = JobSpec("tagger", "snips", str(snips_root), sizes={"embedding": 8, "hidden": 8})
     job = make_job(spec)

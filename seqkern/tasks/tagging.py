@@ -16,7 +16,7 @@ from seqkern.tasks.batches import pad, pad_sources
 from seqkern.tasks.classify import WordDrop
 from seqkern.tasks.conllu import read_conllu
 from seqkern.tasks.corpora import corpus_folder, needed_file, part_file
-from seqkern.tasks.iob import TaggedSentence, read_column_parts, read_snips
+from seqkern.tasks.iob import TaggedSentence, read_column_parts, read_snips, read_triples
 from seqkern.tasks.job import Job, JobSpec, Parts
 from seqkern.tasks.labelled import carve_dev, split
 from seqkern.tasks.libraries import library
@@ -24,6 +24,7 @@ from seqkern.tasks.registry import build_model
 from seqkern.tasks.vocab import Labels, Vocab
 
 SCORES = ("slot_f1", "accuracy")
+OF_PHRASES = ("iob", "slots", "snips")  # tasks whose tags are IOB
 
 
 class TagBatch(NamedTuple):
@@ -65,12 +66,13 @@ class TaggingJob(Job):
     Options of reading: spellings, whether the model reads words by letter too; lower, whether
     words (not their letters) are read in lower case; min_count, occurrences of a word that is
     kept; unknown, how often words are dropped in training (see classify.WordDrop); score,
-    "slot_f1" where tags are IOB of phrases (as those of iob and snips), "accuracy" where each
-    stands for itself.
+    "slot_f1" where tags are IOB of phrases (as those of OF_PHRASES), "accuracy" where each stands
+    for itself.
     """
 
     TASKS: ClassVar[dict[str, str]] = {
         "iob": "your file of a word and its tag a line, split, or a folder of train, dev and test",
+        "slots": "your folder of train, dev and test .seq.in, .seq.out, .label: words, tags, label",
         "conllu": "universal parts of speech of your CoNLL-U file, split, or folder of such files",
         "ewt-upos": "universal parts of speech of the English Web Treebank, as published",
         "snips": "slots of requests to an assistant, as Goo et al. (2018) split them",
@@ -92,7 +94,7 @@ class TaggingJob(Job):
         self.score = self.reading["score"]
 
     def task_reading(self) -> dict[str, Any]:
-        return {"score": "slot_f1" if self.spec.task in ("iob", "snips") else "accuracy"}
+        return {"score": "slot_f1" if self.spec.task in OF_PHRASES else "accuracy"}
 
     def check_reading(self) -> None:
         if self.reading["score"] not in SCORES:
@@ -237,6 +239,7 @@ class JointJob(TaggingJob):
     """Slots and intent together; `predict` gives the intent, a tab and the tags."""
 
     TASKS: ClassVar[dict[str, str]] = {
+        "slots": TaggingJob.TASKS["slots"],
         "snips": "intent and slots of requests to an assistant, as Goo et al. (2018) split them",
     }
     unit = "sentence"
@@ -300,8 +303,19 @@ def _iob(data: str, seed: int) -> Parts:
     return read_column_parts(data, seed)
 
 
+def _slots(data: str, seed: int) -> Parts:
+    if not data:
+        raise ValueError("task 'slots' needs data: a folder of train.seq.in and its like")
+    train, test = (read_triples(data, part) for part in ("train", "test"))
+    for part in ("dev", "valid"):
+        if part_file(data, f"{part}.seq.in"):
+            return Parts(train, read_triples(data, part), test)
+    return carve_dev(train, test, seed)
+
+
 READERS = {
     "iob": _iob,
+    "slots": _slots,
     "conllu": _conllu,
     "ewt-upos": lambda data, seed: _conllu(str(corpus_folder(data, "ud_english_ewt")), seed),
     "snips": lambda data, seed: read_snips(corpus_folder(data, "snips")),
