@@ -42,6 +42,14 @@ def test_transformer(example):
     assert out.splitlines()[2].startswith("nine hundred\t")
 
 
+def test_pretrained(example):
+    out = example("pretrained.py", "--pretrain", "2", "--steps", "2", "aye lass")
+    assert re.findall(r"^step (\d): loss \d", out, re.MULTILINE) == ["2", "2", "4"]
+    reading = re.findall(r"^2 labels, (\d) steps of reading: [\d.]+% right$", out, re.MULTILINE)
+    assert reading == ["0", "2"]
+    assert re.search(r"^(north|south)\taye lass$", out, re.MULTILINE)
+
+
 def test_attention(example):
     out = example("attention.py", "--steps", "3")
     (first, last), (other_first, other_last) = re.findall(r"loss (\S+) -> (\S+)", out)
