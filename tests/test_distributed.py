@@ -1,8 +1,9 @@
-"""DistributedDataParallel and FSDP2 over seqkern's layers: two gloo processes against one.
-
-The workers are this file run as a script, one process a rank.
+"""Two gloo processes against one: DistributedDataParallel and FSDP2 over seqkern's layers, whose
+workers are this file run as a script, one process a rank; and `seqkern train` under torchrun.
 """
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -101,6 +102,40 @@ def test_two_processes_train_to_the_weights_of_one(kind: str, trained: Path) -> 
     assert all(not torch.equal(expected[name], start[name]) for name in start)
     actual = torch.load(trained / f"{kind}.pt", weights_only=True)
     torch.testing.assert_close(actual, expected)
+
+
+def test_train_under_torchrun(tmp_path: Path) -> None:
+    """Two processes have the losses of one that accumulates; one of them speaks for both."""
+    from seqkern.cli.train import train as train_command  # the workers above need no command
+    from seqkern.tasks.run import log_path, read_log, scores_path
+
+    data = tmp_path / "opinions.tsv"
+    words = ("dull", "bad"), ("fine", "good")
+    data.write_text("".join("{1}\t{0} x{2}\n".format(*words[n % 2], n % 7) for n in range(60)))
+    settings = ["batch_size=8", "embedding=8", "maps=4", "dropout=0.0", "unknown=0.0"]
+    settings += ["evaluate_every=2", "optimizer=adam"]
+    command = ["train", "textcnn", "--task=labelled", f"--data={data}", "--steps=4"]
+    command += [f"--run={tmp_path / 'two'}", *(f"--set={setting}" for setting in settings)]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    done = subprocess.run(
+        [*launcher, f"--nproc-per-node={RANKS}", "-m", "seqkern.cli", *command],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("step", "done"))]
+    assert [line.partition(":")[0] for line in lines] == ["step 2", "step 4", "done"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings.append(f"accumulate={RANKS}")
+    train_command("textcnn", "labelled", str(data), run=one, steps=4, settings=settings)
+    for log in (log_path, scores_path):
+        ours, theirs = read_log(log(two)), read_log(log(one))
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        losses = [line["loss"] for line in theirs]
+        assert [line["loss"] for line in ours] == pytest.approx(losses, rel=1e-5)
 
 
 if __name__ == "__main__":

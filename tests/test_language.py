@@ -237,6 +237,25 @@ def test_a_repeated_pattern_is_learnt(pattern, model):
     assert job.predict([PATTERN[:4]], length=60, temperature=0) == [answers[0].replace("\n", "\\n")]
 
 
+def test_words_are_learnt_on_both_layers(tmp_path):
+    """An LSTM on words goes on with a text; a word seen once is unknown, and never written."""
+    line = "so it goes and so it went on"
+    path = tmp_path / "words.txt"
+    path.write_text(f"{line} once\n" + f"{line}\n" * 200)
+    runs = []
+    for layers in ("torch", "seqkern"):
+        reading = {"tokens": "words", "min_count": 2, "window": 12}
+        spec = JobSpec("rnnlm", "text", str(path), layers, 1, SMALL["rnnlm"], reading)
+        job = make_job(spec)
+        runs.append(trained(job, 80, lr=2e-2)[1])
+        assert job.vocab.symbols[4:] == ("and", "goes", "it", "on", "so", "went")
+        assert job.evaluate("dev")["perplexity"] < 1.05
+        (answer,) = job.sample(["so it goes"], length=14, temperature=0)
+        assert answer.split("\n")[0].split() == ["and", "so", "it", "went", "on"]
+        assert answer.split("\n")[1].split() == line.split()
+    assert runs[0][:50] == pytest.approx(runs[1][:50], rel=1e-4)
+
+
 def test_the_transformer_copies(tmp_path):
     """Toy task: three random letters again and again; what comes next stands three places back."""
     draw = random.Random(0)
