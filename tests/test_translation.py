@@ -18,6 +18,7 @@ from seqkern.tasks.sides import Side
 from seqkern.tasks.subwords import Subwords
 from seqkern.tasks.training import Trainer, restore_job
 from seqkern.tasks.vocab import EOS, UNKNOWN
+from seqkern.testing.tolerance import assert_within_budget, neighbours, relative_error
 
 SIZES = {
     "seq2seq": {"cell": "lstm", "embedding": 16, "hidden": 48, "depth": 1},
@@ -63,6 +64,24 @@ def test_equal_losses_on_both_layers(words, name):
 
 
 @pytest.mark.parametrize("name", SIZES)
+def test_losses_in_bfloat16(words, name):
+    """As near to those of float64 as PyTorch's layers in bfloat16 come, and not float32's."""
+
+    def losses(layers, precision="bfloat16", dtype=torch.float32):
+        job = job_of(name, words, layers)
+        job.model.to(dtype)
+        options = TrainOptions(steps=8, batch_size=16, lr=3e-3, warmup=4, precision=precision)
+        return torch.tensor([loss for loss, _ in Trainer(job, options).train(8)]).to(dtype)
+
+    exact = {"losses": losses("torch", "float32", torch.float64)}
+    runs = [{"losses": losses("torch").bfloat16()}]
+    ours = losses("seqkern")
+    assert_within_budget({"losses": ours.bfloat16()}, exact, runs, torch.bfloat16)
+    single = losses("seqkern", "float32")
+    assert relative_error(ours, exact["losses"]) > 10 * relative_error(single, exact["losses"])
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_reversal_is_learned(words, name):
     job = job_of(name, words)
     lr = 8e-3 if name == "transformer" else 1e-2
@@ -82,6 +101,25 @@ def test_reversal_is_learned(words, name):
     else:
         with pytest.raises(ValueError, match="has no alignments"):
             job.align("abcde")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["transformer", "rnnsearch"])
+def test_alignments_on_a_gpu_are_those_of_the_cpu(words, name):
+    job = job_of(name, words, longest=8)
+    state = job.model.state_dict()
+
+    def aligned(device, dtype, tensors):
+        job.model.to(device, dtype).load_state_dict(dict(zip(state, tensors, strict=True)))
+        return job.align("abcde")
+
+    start = [t.clone() for t in state.values()]
+    exact = {"weights": aligned("cpu", torch.float64, start).weights}
+    runs = [aligned("cpu", torch.float32, moved) for moved in neighbours(start)]
+    found = aligned("cuda", torch.float32, start)
+    assert (found.source, found.target) == (runs[0].source, runs[0].target)
+    weights = [{"weights": run.weights} for run in runs]
+    assert_within_budget({"weights": found.weights}, exact, weights, torch.float32)
 
 
 def test_a_reversed_source_is_another_reading(words):
