@@ -411,6 +411,37 @@ def test_what_evaluate_and_predict_refuse(call, run, data, tmp_path):
     )
 
 
+@pytest.mark.gpu
+def test_trained_on_the_cpu_used_on_a_gpu(call, run, data, tmp_path, monkeypatch):
+    """A model that has no doubts answers alike; a result of a GPU has its name."""
+    gpu = ["--device", "cuda"]
+    assert call("evaluate", run, *gpu) == call("evaluate", run)
+    assert call("predict", "abcd", "--checkpoint", run, *gpu) == "abcd\tA B C D\n"
+    assert call("translate", run, *gpu, input="abcd\n") == "A B C D\n"
+    call("plot", "alignments", run, "--text", "abcd", "--out", tmp_path / "a.svg", *gpu)
+    options = {"steps": 4, "evaluate_every": 2}
+    recipe = replace(recipes.RECIPES["g2p"], task="pairs", options=options, sizes={"hidden": 16})
+    monkeypatch.setitem(recipes.RECIPES, "toy", recipe)
+    name = torch.cuda.get_device_name()
+    assert f"s on {name}," in call("reproduce", "toy", "--data", data, "--out", tmp_path, *gpu)
+    result = json.loads((tmp_path / "toy-seqkern-1/result.json").read_text())
+    assert result["machine"]["gpu"] == name
+
+
+def test_every_command_checks_its_device(call, run, tmp_path):
+    """Before it reads anything."""
+    for command in (
+        ("evaluate", run),
+        ("predict", "ab", "--checkpoint", run),
+        ("plot", "alignments", run, "--text", "ab"),
+        ("reproduce", "g2p", "--out", tmp_path),
+    ):
+        line = call(*command, "--device", "meta", status=2)
+        assert line == "seqkern: device must be cpu or cuda, got 'meta'"
+    line = call("translate", run, "--device", "meta", status=2, input="ab\n")
+    assert line == "seqkern: device must be cpu or cuda, got 'meta'"
+
+
 def test_demo(call, data, tmp_path):
     out = tmp_path / "demo"
     options = ["--steps", 60, "--batch-size", 32, "--hidden", 16, "--beam", 2]

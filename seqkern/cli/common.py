@@ -19,6 +19,7 @@ Data = Annotated[
     str,
     typer.Option(help="folder of the corpora, or your file; none for generated data and cmudict"),
 ]
+Device = Annotated[str, typer.Option(help="cpu, or cuda")]
 Beam = Annotated[int, typer.Option(help="hypotheses kept, where a model decodes; 1 is greedy")]
 Layers = Annotated[
     str | None, typer.Option(help="layers of the model: seqkern or torch; seqkern for a new run")

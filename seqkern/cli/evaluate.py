@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from seqkern.cli.common import Beam, Checkpoint, Layers, user_errors
+from seqkern.cli.common import Beam, Checkpoint, Device, Layers, expect_device, user_errors
 from seqkern.tasks import checkpoint as checkpoints
 from seqkern.tasks.run import result_path
 from seqkern.tasks.training import expect_same_data, restore_job
@@ -18,6 +18,7 @@ def evaluate(
     part: Annotated[str, typer.Option(help="test or dev")] = "test",
     beam: Beam = 4,
     layers: Layers = None,
+    device: Device = "cpu",
 ) -> None:
     """Print the scores of a run on its test part."""
     with user_errors():
@@ -25,9 +26,10 @@ def evaluate(
             raise ValueError(f"part must be test or dev, got {part!r}")
         if beam < 1:
             raise ValueError(f"beam must be at least 1, got {beam}")
+        expect_device(device)
         path = result_path(checkpoint)
         content = checkpoints.load(path)
-        job = restore_job(content, layers, data)
+        job = restore_job(content, layers, data, device)
         job.expect_data_for(job.spec.task, data or "")
         expect_same_data(path, content, job)
         scores = job.evaluate(part, beam=beam)

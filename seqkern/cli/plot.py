@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from seqkern.cli.common import user_errors
+from seqkern.cli.common import Device, user_errors
 from seqkern.cli.predict import load_job
-from seqkern.tasks import checkpoint
 from seqkern.tasks.figures import (
     curves,
     gradient_curves,
@@ -18,7 +17,6 @@ from seqkern.tasks.figures import (
     save_figure,
 )
 from seqkern.tasks.run import checkpoint_path, log_path, read_log, scores_path
-from seqkern.tasks.training import restore_job
 from seqkern.tasks.translation import LengthGroup, TranslationJob
 
 OPTION = typer.Option
@@ -29,28 +27,29 @@ def plot(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
     out: Annotated[Path, OPTION(help="the figure: .svg, .png or .pdf")] = Path("figure.svg"),
     text: Annotated[list[str] | None, OPTION(help="a source, for alignments; repeat it")] = None,
+    device: Device = "cpu",
 ) -> None:
     """Draw learning curves, the alignments of texts, BLEU by length, or vanishing gradients."""
     with user_errors():
         if text and kind != "alignments":
             raise ValueError(f"text is for alignments, got it for {kind!r}")
         if kind == "curves":
-            figure = _curves(runs)
+            figure = _curves(runs, device)
         elif kind == "alignments":
-            figure = _alignments(runs, text or [])
+            figure = _alignments(runs, text or [], device)
         elif kind == "lengths":
-            figure = length_curves(_lengths(runs))
+            figure = length_curves(_lengths(runs, device))
         elif kind == "gradients":
-            figure = gradient_curves(_gradients(runs))
+            figure = gradient_curves(_gradients(runs, device))
         else:
             raise ValueError(f"kind must be curves, alignments, lengths or gradients, got {kind!r}")
         save_figure(figure, out)
     print(out)
 
 
-def _curves(runs: list[Path]):
+def _curves(runs: list[Path], device: str):
     names = _names(runs)
-    jobs = [restore_job(checkpoint.load(checkpoint_path(run))) for run in runs]
+    jobs = [load_job(checkpoint_path(run), device=device) for run in runs]
     (unit, score), *others = dict.fromkeys((job.unit, job.score) for job in jobs)
     if others:
         raise ValueError(
@@ -65,19 +64,19 @@ def _curves(runs: list[Path]):
     return curves(losses, scores, unit, score)
 
 
-def _alignments(runs: list[Path], texts: list[str]):
+def _alignments(runs: list[Path], texts: list[str], device: str):
     if not texts:
         raise ValueError("alignments need a source: --text TEXT, as often as you like")
     if len(runs) > 1:
         raise ValueError(f"alignments are of one run, got {len(runs)}")
-    job = load_job(runs[0])
+    job = load_job(runs[0], device=device)
     return heat_maps([job.align(text) for text in texts])
 
 
-def _lengths(runs: list[Path]) -> dict[str, list[LengthGroup]]:
+def _lengths(runs: list[Path], device: str) -> dict[str, list[LengthGroup]]:
     groups = {}
     for run, name in _names(runs).items():
-        job = load_job(run)
+        job = load_job(run, device=device)
         if not isinstance(job, TranslationJob):
             raise ValueError(f"model {job.spec.model!r} does not translate: it has no BLEU")
         groups[name] = job.bleu_by_length("test")
@@ -89,10 +88,10 @@ def _lengths(runs: list[Path]) -> dict[str, list[LengthGroup]]:
     return groups
 
 
-def _gradients(runs: list[Path]) -> dict[str, list[float]]:
+def _gradients(runs: list[Path], device: str) -> dict[str, list[float]]:
     norms = {}
     for run in runs:
-        job = load_job(run)
+        job = load_job(run, device=device)
         measure = getattr(job, "gradient_norms", None)
         if measure is None:
             raise ValueError(f"model {job.spec.model!r} has no gradients over time to show")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from seqkern.cli.common import Beam, Checkpoint, Layers, user_errors
+from seqkern.cli.common import Beam, Checkpoint, Device, Layers, expect_device, user_errors
 from seqkern.tasks import checkpoint as checkpoints
 from seqkern.tasks.job import Job
 from seqkern.tasks.lines import blank, lines_of, read_lines
@@ -16,9 +16,10 @@ from seqkern.tasks.run import result_path
 from seqkern.tasks.training import restore_job
 
 
-def load_job(path: Path, layers: str | None = None) -> Job:
+def load_job(path: Path, layers: str | None = None, device: str = "cpu") -> Job:
     """The trained job of a run's folder or of a checkpoint."""
-    return restore_job(checkpoints.load(result_path(path)), layers)
+    expect_device(device)
+    return restore_job(checkpoints.load(result_path(path)), layers, device=device)
 
 
 def predict(
@@ -28,10 +29,11 @@ def predict(
     ),
     beam: Beam = 4,
     layers: Layers = None,
+    device: Device = "cpu",
 ) -> None:
     """Print each text with the model's answer, a tab between them."""
     with user_errors():
-        answers = load_job(checkpoint, layers).predict(texts, beam=beam)
+        answers = load_job(checkpoint, layers, device).predict(texts, beam=beam)
     for text, answer in zip(texts, answers, strict=True):
         print(f"{text}\t{answer}")
 
@@ -43,13 +45,16 @@ def translate(
     ] = None,
     beam: Beam = 4,
     layers: Layers = None,
+    device: Device = "cpu",
 ) -> None:
     """Print the model's answer to each line of a file, a line each; an empty line stays one."""
     with user_errors():
         name = "standard input" if source is None else str(source)
         lines = list(read_lines(source) if source else lines_of(sys.stdin.buffer.read(), name))
         asked = [(number, line) for number, line in lines if not blank(line)]
-        answers = iter(_answers(load_job(checkpoint, layers), name, asked, beam) if asked else [])
+        answers = iter(
+            _answers(load_job(checkpoint, layers, device), name, asked, beam) if asked else []
+        )
     for _, line in lines:
         print("" if blank(line) else next(answers))
 

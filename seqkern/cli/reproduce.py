@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from seqkern.cli.common import INTERRUPTED, Data, progress_bar, user_errors
+from seqkern.cli.common import (
+    INTERRUPTED,
+    Data,
+    Device,
+    expect_device,
+    progress_bar,
+    user_errors,
+)
 from seqkern.tasks.recipes import RECIPES
 from seqkern.tasks.reproduce import Result
 from seqkern.tasks.reproduce import reproduce as run_recipe
@@ -25,6 +33,7 @@ def reproduce(
     seeds: Annotated[int, OPTION(help="how many trainings, with seeds 1, 2, ...")] = 1,
     layers: Annotated[str, OPTION(help="seqkern or torch")] = "seqkern",
     threads: Annotated[int | None, OPTION(help="of the processor; the recipe's own: 1")] = None,
+    device: Device = "cpu",
     out: Annotated[Path, OPTION(help="folder of the runs")] = Path("runs/reproduce"),
 ) -> None:
     """Train a reference model as its recipe says and print its score beside its target."""
@@ -34,9 +43,12 @@ def reproduce(
     with user_errors():
         if seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {seeds}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        expect_device(device)
         for seed in range(1, seeds + 1):
             folder = out / f"{recipe}-{layers}-{seed}"
-            result = _run(recipe, data, seed, layers, threads, folder)
+            result = _run(recipe, data, seed, layers, threads, device, folder)
             if result is None:
                 print("stopped; the same command goes on")
                 raise typer.Exit(INTERRUPTED)
@@ -44,12 +56,19 @@ def reproduce(
 
 
 def _run(
-    recipe: str, data: str, seed: int, layers: str, threads: int | None, folder: Path
+    recipe: str,
+    data: str,
+    seed: int,
+    layers: str,
+    threads: int | None,
+    device: str,
+    folder: Path,
 ) -> Result | None:
     with stop_on_signal() as stop, progress_bar() as bar:
         line = bar.add_task(recipe, total=None, note="")
 
         def on_start(trainer: Trainer) -> None:
+            torch.set_num_threads(threads or trainer.options.threads)
             bar.update(line, total=trainer.steps, completed=trainer.step)
 
         def on_step(loss: float) -> None:
@@ -60,7 +79,7 @@ def _run(
             bar.console.print(f"step {step}: dev {shown}", highlight=False)
 
         hooks = (stop, on_start, on_step, on_scores)
-        return run_recipe(recipe, data, seed, layers, folder, *hooks, threads)
+        return run_recipe(recipe, data, seed, layers, folder, *hooks, device)
 
 
 def _show(result: Result, folder: Path) -> None:
@@ -72,7 +91,8 @@ def _show(result: Result, folder: Path) -> None:
         print(f"target {result.target:g}: {'reached' if result.reached else 'MISSED'}")
     if result.published:
         print(f"published {result.published}")
-    print(f"{result.steps} steps, {result.seconds:.0f} s, {result.parameters:,} parameters")
+    where = f" on {result.machine['gpu']}" if "gpu" in result.machine else ""
+    print(f"{result.steps} steps, {result.seconds:.0f} s{where}, {result.parameters:,} parameters")
     if result.scorer:
         print(f"by {result.scorer}")
     print(f"{folder / 'result.json'}")

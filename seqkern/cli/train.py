@@ -12,6 +12,7 @@ import typer
 from seqkern.cli.common import (
     INTERRUPTED,
     Data,
+    Device,
     Layers,
     expect_device,
     progress_bar,
@@ -36,7 +37,7 @@ def train(
     layers: Layers = None,
     steps: Annotated[int | None, OPTION(help="updates of the weights")] = None,
     seed: Annotated[int | None, OPTION(help="of split, weights, order and dropout")] = None,
-    device: Annotated[str, OPTION(help="cpu, or cuda")] = "cpu",
+    device: Device = "cpu",
     settings: Annotated[
         list[str] | None, OPTION("--set", help="NAME=VALUE of model, task or training, as lr=0.01")
     ] = None,
@@ -107,7 +108,8 @@ def _run(trainer: Trainer, folder: Path, tensorboard: bool) -> bool:
 
         def on_scores(step: int, scores: dict[str, float]) -> None:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            bar.console.print(f"step {step}: dev {shown}", highlight=False)
+            if trainer.rank == 0:  # a bar that is disabled prints all the same
+                bar.console.print(f"step {step}: dev {shown}", highlight=False)
             if writer:
                 for score, value in scores.items():
                     writer.add_scalar(f"dev/{score}", value, step)

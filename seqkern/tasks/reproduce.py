@@ -67,7 +67,7 @@ def recipe_named(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def start(recipe: Recipe, data: str, seed: int, layers: str, folder: Path) -> Trainer:
+def start(recipe: Recipe, data: str, seed: int, layers: str, folder: Path, device: str) -> Trainer:
     """The trainer of a recipe: a new one, or that of the folder's checkpoint.
 
     One folder of corpora is given to all recipes, and to those that read none too.
@@ -75,12 +75,14 @@ def start(recipe: Recipe, data: str, seed: int, layers: str, folder: Path) -> Tr
     if recipe.task in load(entry(recipe.model).job).WITHOUT_DATA:
         data = ""
     if checkpoint_path(folder).exists():
-        trainer = Trainer.resume(checkpoint_path(folder), data=data or None)
+        trainer = Trainer.resume(checkpoint_path(folder), device=device, data=data or None)
     else:
         spec = JobSpec(
             recipe.model, recipe.task, data, layers, seed, dict(recipe.sizes), dict(recipe.reading)
         )
-        trainer = Trainer(make_job(spec), TrainOptions(**{**recipe.options, "seed": seed}))
+        job = make_job(spec)
+        job.model.to(device)
+        trainer = Trainer(job, TrainOptions(**{**recipe.options, "seed": seed}))
     start_log(folder, trainer.step)
     return trainer
 
@@ -88,7 +90,8 @@ def start(recipe: Recipe, data: str, seed: int, layers: str, folder: Path) -> Tr
 def finish(name: str, trainer: Trainer, folder: Path) -> Result:
     """Scores of the best weights of a finished training, written to folder/result.json too."""
     recipe = recipe_named(name)
-    job = restore_job(checkpoint.load(result_path(folder)), data=trainer.job.spec.data)
+    data, device = trainer.job.spec.data, trainer.job.device
+    job = restore_job(checkpoint.load(result_path(folder)), data=data, device=str(device))
     scores = job.evaluate(recipe.part, **recipe.evaluate)
     score, target = scores[recipe.score], recipe.target
     result = Result(
@@ -104,7 +107,7 @@ def finish(name: str, trainer: Trainer, folder: Path) -> Result:
         parameters=sum(p.numel() for p in job.model.parameters()),
         scorer=job.scorer(),
         published=f"{recipe.published} ({recipe.source})" if recipe.published else "",
-        machine=machine(),
+        machine=machine(device),
     )
     text = json.dumps(asdict(result), indent=1, ensure_ascii=False)
     write_atomically(folder / "result.json", lambda file: file.write(text.encode() + b"\n"))
@@ -121,26 +124,25 @@ def reproduce(
     on_start: Callable[[Trainer], None] = lambda trainer: None,
     on_step: OnStep = lambda loss: None,
     on_scores: OnScores = lambda step, scores: None,
-    threads: int | None = None,
+    device: str = "cpu",
 ) -> Result | None:
     """Trains a recipe in a folder and scores it; None where it was asked to stop before.
 
-    On other `threads` than the recipe's own sums are made in another order.
+    Args:
+        on_start: is called before the first step, and may set the threads: on other ones than the
+            recipe's own, trainer.options.threads, sums are made in another order.
 
     Raises:
-        ValueError: there is no such recipe, its data is not there, or threads is below 1.
+        ValueError: there is no such recipe, or its data is not there.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    trainer = start(recipe_named(name), data, seed, layers, folder)
-    torch.set_num_threads(threads or trainer.options.threads)
+    trainer = start(recipe_named(name), data, seed, layers, folder, device)
     on_start(trainer)
     run_steps(trainer, folder, trainer.steps, stop, on_step, on_scores)
     return finish(name, trainer, folder) if trainer.finished else None
 
 
-def machine() -> dict[str, Any]:
-    """Processor, threads, versions and date, to stand beside a figure."""
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a figure has beside it: processor, threads, versions, date, and any GPU."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -152,4 +154,5 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "seqkern": version("seqkern"),
         "date": date.today().isoformat(),
+        **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
     }

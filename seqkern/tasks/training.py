@@ -258,13 +258,19 @@ class Trainer:
         return trainer
 
 
-def restore_job(content: dict[str, Any], layers: str | None = None, data: str | None = None) -> Job:
+def restore_job(
+    content: dict[str, Any],
+    layers: str | None = None,
+    data: str | None = None,
+    device: str = "cpu",
+) -> Job:
     """The job of a checkpoint with its trained weights.
 
     Args:
         content: what checkpoint.load returned.
         layers: "seqkern" or "torch", where other than in the training.
         data: where the data lies now, where elsewhere; it is read only when it is needed.
+        device: where the model is to be.
 
     Raises:
         ValueError: weights, vocabularies and sizes do not belong together.
@@ -283,6 +289,7 @@ def restore_job(content: dict[str, Any], layers: str | None = None, data: str | 
         raise ValueError(
             f"the checkpoint's weights do not fit its model: {reason[0].strip()}"
         ) from error
+    job.model.to(device)
     return job
 
 
