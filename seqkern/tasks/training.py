@@ -237,9 +237,8 @@ class Trainer:
                 it was trained by another number of processes.
         """
         content = checkpoint.load(path)
-        job = restore_job(content, layers, data)
+        job = restore_job(content, layers, data, device)
         expect_same_data(path, content, job)
-        job.model.to(device)
         trainer = cls(job, TrainOptions(**content["options"]))
         if len(content["random"]) != trainer.world:
             raise ValueError(
