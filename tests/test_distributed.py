@@ -118,7 +118,7 @@ def test_train_under_torchrun(tmp_path: Path) -> None:
     command += [f"--run={tmp_path / 'two'}", *(f"--set={setting}" for setting in settings)]
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     done = subprocess.run(
-        [*launcher, f"--nproc-per-node={RANKS}", "-m", "seqkern.cli", *command],
+        [*launcher, f"--nproc-per-node={RANKS}", "-m", "--", "seqkern.cli", *command],
         capture_output=True,
         text=True,
         timeout=150,
