@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 
+from seqkern.ops._derivatives import needs_grad, register_fold, through_reference
 from seqkern.ops._vmap import fold_forward, map_slices
 from seqkern.reference import recurrent as reference
 
@@ -125,28 +126,17 @@ class RecurrentBackward(torch.autograd.Function):
         """Derive the reference's forward and backward together, by all that goes in: y, gates
         and cells are functions of the other inputs here and take no gradient themselves."""
         batch_sizes, *inputs = ctx.saved_tensors
-        need = (*ctx.needs_input_grad[4:10], *ctx.needs_input_grad[13:])
-        wanted = [i for i, t in enumerate(inputs) if t is not None and need[i]]
-        given = [i for i, g in enumerate(grad_outputs) if g is not None]
 
-        def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
-            full = list(inputs)
-            for i, t in zip(wanted, tensors, strict=True):
-                full[i] = t
-            dy, dh_n, dc_n, x, h0, c0, *weights = full
+        def first_order(dy, dh_n, dc_n, x, h0, c0, *weights) -> list[Tensor]:
+            weights = list(weights)
             y, _, _, gates, cells = reference.recurrent(x, batch_sizes, h0, c0, weights, ctx.mode)
             dx, dh0, dc0, dweights = reference.recurrent_backward(
                 (dy, dh_n, dc_n), x, batch_sizes, h0, c0, weights, (y, gates, cells), ctx.mode
             )
-            outputs = [dx, dh0, dc0, *dweights]
-            return tuple(outputs[i] for i in given)
+            return [dx, dh0, dc0, *dweights]
 
-        result: list[Tensor | None] = [None] * len(inputs)
-        if given and wanted:
-            # vjp and not autograd.grad, which torch.func's transforms refuse.
-            vjp = torch.func.vjp(first_order, *(inputs[i] for i in wanted))[1]
-            for i, g in zip(wanted, vjp(tuple(grad_outputs[i] for i in given)), strict=True):
-                result[i] = g
+        needed = (*ctx.needs_input_grad[4:10], *ctx.needs_input_grad[13:])
+        result = through_reference(first_order, inputs, needed, grad_outputs)
         return None, None, None, None, *result[:6], None, None, None, *result[6:]
 
     @staticmethod
@@ -155,9 +145,7 @@ class RecurrentBackward(torch.autograd.Function):
 
 
 def _autograd_recurrent(keyset, x, batch_sizes, h0, c0, weights, mode):
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, h0, c0, *weights)
-    ):
+    if needs_grad((x, h0, c0, *weights)):
         return training(x, batch_sizes, h0, c0, weights, mode)
     with _AutoDispatchBelowAutograd():
         return ops.recurrent.default(x, batch_sizes, h0, c0, weights, mode)
@@ -165,9 +153,7 @@ def _autograd_recurrent(keyset, x, batch_sizes, h0, c0, weights, mode):
 
 def _autograd_recurrent_backward(keyset, *args):
     dy, dh_n, dc_n, x, _, h0, c0, weights, *_ = args
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (dy, dh_n, dc_n, x, h0, c0, *weights)
-    ):
+    if needs_grad((dy, dh_n, dc_n, x, h0, c0, *weights)):
         return training_backward(*args)
     with _AutoDispatchBelowAutograd():
         return ops.recurrent_backward.default(*args)
@@ -177,15 +163,7 @@ def register(lib: torch.library.Library) -> None:
     """Give the ops of `lib` their Autograd kernels and their vmap rules."""
     lib.impl("recurrent", _autograd_recurrent, "Autograd", with_keyset=True)
     lib.impl("recurrent_backward", _autograd_recurrent_backward, "Autograd", with_keyset=True)
-
-    def vmap_of(rule, op):
-        return lambda info, in_dims, *args: rule(op, info.batch_size, in_dims, args)
-
-    for name, rule in (
-        ("recurrent", fold_forward),
-        ("recurrent_inference", fold_forward),
-        ("recurrent_backward", map_slices),
-        ("recurrent_pack", map_slices),
-    ):
-        op = getattr(ops, name).default
-        torch.library.register_vmap(f"seqkern::{name}", vmap_of(rule, op), lib=lib)
+    register_fold(lib, ops.recurrent.default, fold_forward)
+    register_fold(lib, ops.recurrent_inference.default, fold_forward)
+    register_fold(lib, ops.recurrent_backward.default, map_slices)
+    register_fold(lib, ops.recurrent_pack.default, map_slices)
