@@ -1,19 +1,54 @@
 """Streaming: recurrent layers one time step at a time, in microseconds."""
 
 import importlib
+from itertools import chain
+from numbers import Integral
 
 import torch
 from torch import Tensor
 from torch.nn import RNNBase
 
+from seqkern import nn
 from seqkern.nn.rnn import refresh_weights
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_LAYERS = (torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU, nn.RNN, nn.LSTM, nn.GRU)
 
 
 def _memory(t: Tensor):
     """A NumPy view of a tensor's bytes, whatever its dtype."""
     return t.flatten().view(torch.uint8).numpy()
+
+
+def _check_layer(layer: RNNBase) -> None:
+    if not isinstance(layer, RNNBase):
+        raise TypeError(f"Stream: layer must be an LSTM, GRU or RNN, got {type(layer).__name__}")
+    own = "forward" in vars(layer)
+    if own or type(layer).forward not in [known.forward for known in _LAYERS]:
+        raise TypeError(
+            f"Stream: layer must compute what an LSTM, GRU or RNN does, got a "
+            f"{type(layer).__name__} with a forward of its own"
+        )
+    if layer.bidirectional:
+        raise ValueError("Stream: layer must run in one direction, got a bidirectional one")
+
+
+def _weights(layer: RNNBase) -> list[list[Tensor]]:
+    """Of every layer of the stack, for the engine to read: it looks at the first dtype alone."""
+    refresh_weights(layer)
+    weights = [[w.detach().contiguous() for w in each] for each in layer.all_weights]
+    first = weights[0][0]
+    if first.dtype not in _DTYPES:
+        raise TypeError(f"Stream: the layer's dtype must be floating-point, got {first.dtype}")
+    for name, w in zip(chain(*layer._all_weights), chain(*weights), strict=True):
+        if w.device.type != "cpu":
+            raise ValueError(f"Stream: layer must be on the CPU, got {name} on {w.device}")
+        if w.dtype != first.dtype:
+            raise ValueError(
+                f"Stream: {name} must be {first.dtype} as the first weight is, got {w.dtype}"
+            )
+    return weights
 
 
 class Stream:
@@ -22,7 +57,7 @@ class Stream:
     For audio, control and reinforcement-learning loops, where a call of a layer costs more than
     its arithmetic. The weights are packed once: a Stream is a snapshot, and a later change of the
     layer's weights is not seen (make a new Stream). Dropout between layers is off, as in
-    evaluation. A step allocates nothing and passes no dispatcher.
+    evaluation. A step allocates nothing, passes no dispatcher and runs no hooks of the layer.
 
     Args:
         layer: an LSTM, GRU or RNN of seqkern.nn or torch.nn, on the CPU, of any number of layers,
@@ -30,8 +65,10 @@ class Stream:
         batch_size: B rows that step together; None for a single row without a batch dimension.
 
     Raises:
-        TypeError: `layer` is not such a layer, or its dtype is not a floating-point one.
-        ValueError: it is bidirectional or not on the CPU, or `batch_size` is below 1.
+        TypeError: `layer` is not such a layer or has a forward of its own, its dtype is not a
+            floating-point one, or `batch_size` is no int.
+        ValueError: it is bidirectional, not on the CPU or of several dtypes, or `batch_size` is
+            below 1.
         ImportError: the C++ extension was not built.
 
     Example:
@@ -40,21 +77,14 @@ class Stream:
     """
 
     def __init__(self, layer: RNNBase, batch_size: int | None = None) -> None:
-        if not isinstance(layer, RNNBase):
-            raise TypeError(
-                f"Stream: layer must be an LSTM, GRU or RNN, got {type(layer).__name__}"
-            )
-        if layer.bidirectional:
-            raise ValueError("Stream: layer must run in one direction, got a bidirectional one")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"Stream: batch_size must be at least 1, got {batch_size}")
-        refresh_weights(layer)
-        weights = [[w.detach().contiguous() for w in layer] for layer in layer.all_weights]
+        _check_layer(layer)
+        if batch_size is not None:
+            if isinstance(batch_size, bool) or not isinstance(batch_size, Integral):
+                raise TypeError(f"Stream: batch_size must be an int or None, got {batch_size!r}")
+            if batch_size < 1:
+                raise ValueError(f"Stream: batch_size must be at least 1, got {batch_size}")
+        weights = _weights(layer)
         first = weights[0][0]
-        if first.dtype not in _DTYPES:
-            raise TypeError(f"Stream: the layer's dtype must be floating-point, got {first.dtype}")
-        if first.device.type != "cpu":
-            raise ValueError(f"Stream: layer must be on the CPU, got {first.device}")
         numpy = importlib.import_module("numpy")  # not needed by `import seqkern`
         engine = _engine()
         rows = 1 if batch_size is None else batch_size
@@ -63,7 +93,7 @@ class Stream:
         count = layer.num_layers
         self._batched = batch_size is not None
         self._array_type = numpy.ndarray
-        self._dtype = first.dtype
+        self._dtype, self._itemsize = first.dtype, first.itemsize
         lead = (rows,) if self._batched else ()
         self._shape = (*lead, layer.input_size)
         # Tensors made in inference mode could not be reset outside of it.
@@ -95,38 +125,44 @@ class Stream:
             stream's own memory, overwritten by the next step: copy what has to stay.
 
         Raises:
-            TypeError: x is neither an array nor a tensor, or of another dtype.
-            ValueError: x has another shape, is not contiguous, not on the CPU, or a view that
-                negates (`Tensor.is_neg`).
+            TypeError: x is neither an array nor a tensor, of a subclass of Tensor, or of another
+                dtype.
+            ValueError: x has another shape, is not contiguous, not on the CPU, a view that
+                negates (`Tensor.is_neg`), or without values in memory: functionalized, freed.
         """
         if isinstance(x, self._array_type):
             if x.dtype == self._numpy_dtype and x.shape == self._shape and x.flags.c_contiguous:
                 self._engine.step(x)
                 return self._y_numpy
-        elif isinstance(x, Tensor) and (
+        elif type(x) in _PLAIN and (
             x.dtype == self._dtype
             and x.shape == self._shape
             and x.is_contiguous()
-            and x.device.type == "cpu"
+            and x.is_cpu
             and not x.is_neg()
+            # Without storage of its own a tensor begins at 0, whatever its device says.
+            and x.data_ptr() != x.storage_offset() * self._itemsize
         ):
             self._engine.step_address(x.data_ptr())
             return self._y
         raise self._refusal(x)
 
     def _refusal(self, x) -> Exception:
-        if not isinstance(x, (self._array_type, Tensor)):
+        is_tensor = type(x) in _PLAIN
+        if not is_tensor and not isinstance(x, self._array_type):
             return TypeError(f"Stream.step: x must be an array or tensor, got {type(x).__name__}")
-        expected = self._dtype if isinstance(x, Tensor) else self._numpy_dtype
+        expected = self._dtype if is_tensor else self._numpy_dtype
         if x.dtype != expected:
             wanted = "a tensor (NumPy has no bfloat16)" if expected is None else expected
             return TypeError(f"Stream.step: x must be {wanted}, got {x.dtype}")
         if tuple(x.shape) != self._shape:
             return ValueError(f"Stream.step: x must be {self._shape}, got {tuple(x.shape)}")
-        if isinstance(x, Tensor) and x.device.type != "cpu":
+        if is_tensor and not x.is_cpu:
             return ValueError(f"Stream.step: x must be on the CPU, got {x.device}")
-        if isinstance(x, Tensor) and x.is_neg():
+        if is_tensor and x.is_neg():
             return ValueError("Stream.step: x must be no negated view, got one; see resolve_neg()")
+        if is_tensor and x.is_contiguous():
+            return ValueError("Stream.step: x must have values in memory, got a tensor without")
         return ValueError("Stream.step: x must be contiguous")
 
     @property

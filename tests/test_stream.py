@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
 import seqkern
@@ -167,10 +168,76 @@ def test_a_wrong_step_is_refused_and_changes_nothing(x, error, message):
     assert torch.equal(stream.state, torch.zeros(1, 4))
 
 
+def freed() -> torch.Tensor:
+    """A view of what was freed."""
+    x = torch.ones(6)[2:]
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize("make", [freed, lambda: torch._efficientzerotensor((4,))])
+def test_a_step_reads_no_tensor_without_memory(make):
+    stream = seqkern.Stream(seqkern.nn.GRU(4, 4))
+    with pytest.raises(ValueError, match="values in memory"):
+        stream.step(make())
+    assert not stream.state.any()
+
+
+def test_a_step_reads_nothing_that_is_traced():
+    stream = seqkern.Stream(seqkern.nn.GRU(4, 4))
+    with FakeTensorMode(), pytest.raises(TypeError, match="got FakeTensor"):
+        stream.step(torch.ones(4))
+    for given in (torch.ones(4), torch.ones(6)[2:]):
+        with pytest.raises(ValueError, match="values in memory"):
+            torch.func.functionalize(stream.step)(given)
+    assert not stream.state.any()
+    assert stream.step(torch.nn.Parameter(torch.ones(6)[2:])).any()
+
+
+class Doubled(torch.nn.GRU):
+    def forward(self, input, hx=None):
+        return super().forward(2 * input, hx)
+
+
+class Renamed(seqkern.nn.GRU):
+    pass
+
+
+def with_forward_of_its_own():
+    layer = seqkern.nn.GRU(2, 2)
+    layer.forward = Doubled(2, 2).forward
+    return layer
+
+
+def of_two_dtypes():
+    layer = torch.nn.GRU(2, 2, dtype=torch.float16)
+    layer.weight_hh_l0 = torch.nn.Parameter(layer.weight_hh_l0.detach().bfloat16())
+    return layer
+
+
+def on_two_devices():
+    layer = torch.nn.GRU(2, 2, num_layers=2)
+    layer.bias_hh_l1 = torch.nn.Parameter(layer.bias_hh_l1.detach().to("meta"))
+    return layer
+
+
+def test_a_subclass_that_computes_the_same_and_a_batch_size_of_numpy():
+    layer, x = Renamed(3, 5), torch.randn(2, 3)
+    expected, _ = whole_sequence(layer, x[None])
+    assert torch.equal(seqkern.Stream(layer, np.int64(2)).step(x), expected[0])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: seqkern.Stream(torch.nn.Linear(2, 2)), TypeError, "got Linear"),
+        (lambda: seqkern.Stream(Doubled(2, 2)), TypeError, "Doubled with a forward of its own"),
+        (lambda: seqkern.Stream(with_forward_of_its_own()), TypeError, "a forward of its own"),
+        (lambda: seqkern.Stream(of_two_dtypes()), ValueError, "weight_hh_l0 must be torch.float16"),
+        (lambda: seqkern.Stream(on_two_devices()), ValueError, "bias_hh_l1 on meta"),
+        (lambda: seqkern.Stream(seqkern.nn.GRU(2, 2), 2.5), TypeError, "an int or None, got 2.5"),
+        (lambda: seqkern.Stream(seqkern.nn.GRU(2, 2), True), TypeError, "got True"),
+        (lambda: seqkern.Stream(seqkern.nn.GRU(2, 2), "2"), TypeError, "got '2'"),
         (
             lambda: seqkern.Stream(seqkern.nn.GRU(2, 2, bidirectional=True)),
             ValueError,
