@@ -86,6 +86,23 @@ def test_only_plain_calls_without_gradient_are_direct(calls: list[Any]) -> None:
         assert len(calls) == 2
 
 
+# The layers' checks read sizes, which a trace holds constant.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_trace_holds_the_weights_and_no_snapshot(num_layers: int) -> None:
+    ours = layer("LSTM", 3, 8, num_layers)
+    x = torch.randn(4, 2, 3)
+    ours.prepack()
+    with torch.no_grad():
+        traced = torch.jit.trace(ours, (x,))
+        for parameter in ours.parameters():
+            parameter.mul_(0.5)
+        ours.unpack()
+        x = torch.randn(6, 1, 3)
+        tree_map(assert_equal, traced(x), ours(x))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prepacked_layer_raises_what_it_raises_unpacked(name: str) -> None:
     ours = layer(name, 3, 8)

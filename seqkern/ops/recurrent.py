@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C import (
     _are_functorch_transforms_active,
     _is_any_autocast_enabled,
+    _is_tracing,
     _len_torch_dispatch_stack,
 )
 from torch.autograd import forward_ad
@@ -220,7 +221,8 @@ def recurrent(
             [, w_hr (P, H)], the order of torch.nn.
         batch_sizes: (T,) int64 on the CPU, as in torch.nn.utils.rnn.PackedSequence.
         packed: what seqkern::recurrent_pack returned for these weights, to be read in their
-            place where no gradient is needed; not by a graph that torch.export takes.
+            place where no gradient is needed; not by a graph that torch.export or torch.jit.trace
+            takes.
 
     Returns:
         y (T, B, D*P) or (N, D*P); h_n (D, B, P); c_n (D, B, H) for LSTM, else None.
@@ -238,7 +240,8 @@ def recurrent(
         if needs_grad(x, h0, c0, weights):
             y, h_n, c_n, _, _ = _recorded()(x, batch_sizes, h0, c0, weights, mode)
         else:
-            y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, packed or (), mode)
+            snapshot = () if packed is None or _is_tracing() else packed
+            y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, snapshot, mode)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         # The ops refuse what does not fit; only then is it worth finding out what it was. The
         # checks in advance would cost a single step as much as its arithmetic.
@@ -283,6 +286,7 @@ def unobserved() -> bool:
     """Whether a call is for its numbers alone: no gradient, autocast, transform, mode, tracing."""
     return not (
         is_compiling()
+        or _is_tracing()
         or torch.is_grad_enabled()
         or _is_any_autocast_enabled()
         or _are_functorch_transforms_active()
