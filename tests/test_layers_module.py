@@ -302,8 +302,38 @@ def test_what_ends_a_snapshot(name: str) -> None:
     assert list(ours.state_dict()) == keys
     assert not stale_after(lambda: pickle.loads(pickle.dumps(ours)))
     assert not stale_after(lambda: copy.deepcopy(ours))
+    assert not stale_after(lambda: copy.copy(ours))
     assert not stale_after(lambda: ours.load_state_dict(ours.state_dict()) and None)
     assert not stale_after(lambda: ours.double() and None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prepacked_layer_is_saved_without_its_snapshot(name: str) -> None:
+    ours = layer(name, 3, 8)
+    x = torch.randn(4, 2, 3)
+    ours.prepack()
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([type(ours)]):
+        loaded = torch.load(file, weights_only=True)
+    with torch.no_grad():
+        assert torch.equal(output(loaded, x), output(ours, x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_replica_of_data_parallel_reads_its_own_weights(name: str) -> None:
+    ours = layer(name, 3, 8)
+    x = torch.randn(4, 2, 3)
+    ours.prepack()
+    with torch.no_grad():
+        replica = ours._replicate_for_data_parallel()
+        for key, parameter in ours.named_parameters():
+            parameter.mul_(0.5)
+            setattr(replica, key, parameter.clone())  # as torch.nn.parallel.replicate does
+        halved = output(replica, x)
+        ours.unpack()
+        assert torch.equal(halved, output(ours, x))
 
 
 @pytest.mark.parametrize("name", NAMES)

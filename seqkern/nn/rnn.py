@@ -30,8 +30,8 @@ def refresh_weights(layer: torch.nn.RNNBase) -> None:
 
 
 class _Snapshot(NamedTuple):
-    """What ``prepack()`` took. Its own copy is None, so that a deep copy or a pickle of a layer
-    begins without, however it is made.
+    """What ``prepack()`` took. Its own copy is None, for the deep copy of a parametrized layer,
+    which ``__getstate__`` of the layer is not asked for.
 
     layers: the packed weights of every layer.
     direct: of a single layer what `prepacked_op` reads, where it has a kernel.
@@ -75,11 +75,11 @@ class _Recurrent(torch.nn.RNNBase):
         From here to ``unpack()`` every call that needs no gradient computes with the snapshot,
         whatever becomes of the weights; a call that needs one reads the weights as they are.
         A snapshot saves the packing of every call, and a single layer most of the call itself.
-        It is no part of ``state_dict()``, is left behind by pickle and deepcopy, and ends with
-        ``load_state_dict()`` and with everything that moves or converts the module (``to``,
-        ``double``, ``share_memory``). It has the weights' dtype: under autocast to another one
-        a call without gradient raises RuntimeError. A graph that ``torch.export`` takes has the
-        weights and no snapshot.
+        It is no part of ``state_dict()``, is left behind by pickle, by copies and by the replicas
+        of ``DataParallel``, and ends with ``load_state_dict()`` and with everything that moves or
+        converts the module (``to``, ``double``, ``share_memory``). It has the weights' dtype:
+        under autocast to another one a call without gradient raises RuntimeError. A graph that
+        ``torch.export`` or ``torch.jit.trace`` takes has the weights and no snapshot.
         """
         refresh_weights(self)
         weights = [weight.detach() for weight in self._live_weights()]
@@ -95,6 +95,14 @@ class _Recurrent(torch.nn.RNNBase):
     def unpack(self) -> None:
         """Drop the snapshot of ``prepack()``, if there is one: calls read the weights again."""
         self._packed = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "_packed"}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.unpack()  # its weights are on another device
+        return replica
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.unpack()
