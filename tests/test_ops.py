@@ -82,6 +82,30 @@ def test_gradgradcheck(case: OpCase) -> None:
     )
 
 
+@pytest.mark.parametrize("graph", [False, True])
+@every_small_case
+def test_batched_gradients(case: OpCase, graph: bool) -> None:
+    """`is_grads_batched`, which vectorised jacobians use: every slice as alone, with its graph."""
+    inputs, found = leaves(case, torch.float64), []
+    for function in (case.op, case.forward):
+        out = function(*inputs)
+
+        def derive(grads: list[Tensor], batched: bool, out: tuple = out) -> tuple[Tensor, ...]:
+            options = {"is_grads_batched": batched, "create_graph": graph, "retain_graph": True}
+            return torch.autograd.grad(out, inputs, grads, **options)
+
+        grads = [torch.stack([g, -2 * g]) for g in cotangents(out, torch.float64)]
+        if function is case.op:
+            first = derive(grads, batched=True)
+        else:
+            slices = [derive([g[i] for g in grads], batched=False) for i in range(2)]
+            first = [torch.stack(same) for same in zip(*slices, strict=True)]
+        penalty = torch.stack([g.square().sum() for g in first]).sum()
+        again = torch.autograd.grad(penalty, inputs, materialize_grads=True) if graph else ()
+        found.append([*first, *again])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
 # Tracing the second derivative takes seconds for every step, and the sizes are symbols in it.
 SHORT = [case for case in SMALL if any(n in case.name for n in ("H1", "B0", "-one-"))]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 
-from seqkern.ops._derivatives import register_rules, through_reference
+from seqkern.ops._derivatives import batched, register_rules, through_reference
 from seqkern.ops._vmap import map_slices
 from seqkern.reference import additive as reference
 
@@ -33,8 +33,8 @@ class AdditiveAttention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs, output) -> None:
         o, weights, lse = output
         ctx.set_materialize_grads(False)
-        ctx.scale, need_weights = inputs[TENSORS:]
-        if not need_weights:
+        ctx.scale, ctx.need_weights = inputs[TENSORS:]
+        if not ctx.need_weights:
             ctx.mark_non_differentiable(weights)
         ctx.save_for_backward(o, lse, *inputs[:TENSORS])
 
@@ -45,6 +45,14 @@ class AdditiveAttention(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if do is None and dweights is None and dlse is None:
             return tuple(grads)
+        if torch.is_grad_enabled() and batched(grad_outputs):
+            found = through_reference(
+                lambda *t: reference.additive_attention(*t, ctx.scale, ctx.need_weights),
+                tensors,
+                ctx.needs_input_grad,
+                grad_outputs,
+            )
+            return *found, None, None
         if do is None:
             do = torch.zeros_like(o)
         needs = [ctx.needs_input_grad[i] for i in DERIVED]

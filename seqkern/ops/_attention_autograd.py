@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 
-from seqkern.ops._derivatives import register_rules, through_reference
+from seqkern.ops._derivatives import batched, register_rules, through_reference
 from seqkern.ops._vmap import map_slices
 from seqkern.reference import attention as reference
 
@@ -43,6 +43,14 @@ class Attention(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if do is None and dlse is None:
             return tuple(grads)
+        if torch.is_grad_enabled() and batched(grad_outputs):
+            found = through_reference(
+                lambda *t: reference.attention(*t, *ctx.rule),
+                tensors,
+                ctx.needs_input_grad,
+                grad_outputs,
+            )
+            return *found, *[None] * len(ctx.rule)
         if do is None:
             do = torch.zeros_like(o)
         need = ctx.needs_input_grad

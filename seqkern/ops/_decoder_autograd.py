@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 
-from seqkern.ops._derivatives import register_fold, register_rules, through_reference
+from seqkern.ops._derivatives import batched, register_fold, register_rules, through_reference
 from seqkern.ops._vmap import map_slices
 from seqkern.reference import decoder as reference
 
@@ -45,6 +45,11 @@ class Decoder(torch.autograd.Function):
         if all(g is None for g in grads):
             return tuple(result)
         saved, args = ctx.saved_tensors[:SAVED], (*ctx.saved_tensors[SAVED:], ctx.mode)
+        if torch.is_grad_enabled() and batched(grads):
+            found = through_reference(
+                lambda *t: reference.attention_decoder(*t, ctx.mode), args[:MODE], needs, grads
+            )
+            return *found, None
         # In a backward with create_graph, and under torch.func, the gradients are derived again.
         op = (
             DecoderBackward.apply

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 
@@ -51,6 +52,13 @@ def through_reference(
     for i, g in zip(wanted, vjp(tuple(grad_outputs[i] for i in given)), strict=True):
         grads[i] = g
     return grads
+
+
+def batched(grad_outputs: Iterable[Tensor | None]) -> bool:
+    """Whether `torch.autograd.grad` maps over these gradients (`is_grads_batched`), as vectorised
+    jacobians do. It maps no op that takes a list of tensors, and what it maps an autograd function
+    over is no part of the graph: with `create_graph` only plain PyTorch operations are."""
+    return any(g is not None and is_legacy_batchedtensor(g) for g in grad_outputs)
 
 
 def needs_grad(tensors) -> bool:

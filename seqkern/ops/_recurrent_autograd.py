@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 
-from seqkern.ops._derivatives import needs_grad, register_fold, through_reference
+from seqkern.ops._derivatives import batched, needs_grad, register_fold, through_reference
 from seqkern.ops._vmap import fold_forward, map_slices
 from seqkern.reference import recurrent as reference
 
@@ -62,6 +62,8 @@ class Recurrent(torch.autograd.Function):
         _, _, need_x, need_h0, need_c0, *need_w = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * (5 + len(weights))
+        if batched((dy, dh_n, dc_n)):
+            return None, None, *_through_reference(ctx, grad_outputs[:3])
         # In a backward with create_graph, and under torch.func, the gradients are derived again.
         op = training_backward if torch.is_grad_enabled() else ops.recurrent_backward.default
         dx, dh0, dc0, dweights = op(
@@ -98,6 +100,17 @@ class Recurrent(torch.autograd.Function):
         return fold_forward(
             training, info.batch_size, dims, (x, batch_sizes, h0, c0, weights, mode)
         )
+
+
+def _through_reference(ctx: Any, grad_outputs) -> list[Tensor | None]:
+    """The gradients of x, h0, c0 and the weights, see `batched`."""
+    batch_sizes, x, h0, c0, _, _, _, *weights = ctx.saved_tensors
+
+    def forward(x, h0, c0, *weights) -> tuple[Tensor, ...]:
+        return reference.recurrent(x, batch_sizes, h0, c0, list(weights), ctx.mode)
+
+    inputs = [x, h0, c0, *weights]
+    return through_reference(forward, inputs, ctx.needs_input_grad[2:], grad_outputs)
 
 
 class RecurrentBackward(torch.autograd.Function):

@@ -281,7 +281,7 @@ def weight_gradients(
     dtype = s.dtype
     with keep_dtypes(s.device):
         before = torch.cat([h0[:, None], s[:, :-1]], 1).flatten(0, 1).to(dproducts.dtype)
-        products, gates = dproducts.flatten(0, 1), dgates_x.flatten(0, 1)
+        products, gates = (t.reshape(-1, t.size(2)) for t in (dproducts, dgates_x))
         results = (
             products.t() @ before,
             products.sum(0),
