@@ -106,6 +106,24 @@ def test_batched_gradients(case: OpCase, graph: bool) -> None:
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
+@every_small_case
+def test_functionalize(case: OpCase) -> None:
+    """Of a call, of a derivative, and inside of one: autograd functions have no rule for it."""
+    inputs = case.tensors(torch.float64)
+    expected = case.op(*inputs)
+    grads, places = cotangents(expected, torch.float64), tuple(range(len(inputs)))
+
+    def loss(*tensors: Tensor) -> Tensor:
+        terms = [(t * g).sum() for t, g in zip(case.op(*tensors), grads, strict=True)]
+        return torch.stack(terms).sum()
+
+    functionalize, derivative = torch.func.functionalize, torch.func.grad(loss, argnums=places)
+    inside = torch.func.grad(functionalize(loss), argnums=places)
+    actual = [functionalize(case.op)(*inputs), functionalize(derivative)(*inputs), inside(*inputs)]
+    gradients = derivative(*inputs)
+    torch.testing.assert_close(actual, [expected, gradients, gradients], rtol=1e-10, atol=1e-12)
+
+
 # Tracing the second derivative takes seconds for every step, and the sizes are symbols in it.
 SHORT = [case for case in SMALL if any(n in case.name for n in ("H1", "B0", "-one-"))]
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 
 def exporting() -> bool:
@@ -59,6 +60,18 @@ def batched(grad_outputs: Iterable[Tensor | None]) -> bool:
     jacobians do. It maps no op that takes a list of tensors, and what it maps an autograd function
     over is no part of the graph: with `create_graph` only plain PyTorch operations are."""
     return any(g is not None and is_legacy_batchedtensor(g) for g in grad_outputs)
+
+
+def only_plain_operations() -> bool:
+    """Whether the context derives plain PyTorch operations alone, so that an op's reference has to
+    take its place: only they carry tangents, can be traced by torch.compile inside a transform,
+    and have a rule for torch.func.functionalize, which autograd functions lack."""
+    transformed = _are_functorch_transforms_active()
+    if forward_ad._current_level >= 0 or (transformed and is_compiling()):
+        return True
+    return transformed and any(
+        each.key() == TransformType.Functionalize for each in get_interpreter_stack()
+    )
 
 
 def needs_grad(tensors) -> bool:

@@ -5,11 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import (
-    _are_functorch_transforms_active,
     _AutoDispatchBelowAutograd,
     _is_any_autocast_enabled,
 )
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from seqkern.ops import _additive_ops as _additive_ops
@@ -17,7 +15,7 @@ from seqkern.ops._additive_autograd import DERIVED, AdditiveAttention
 from seqkern.ops._additive_checks import check_additive, check_mask, check_sequences
 from seqkern.ops._attention_checks import check_scale, check_vector, number
 from seqkern.ops._checks import check_tensor
-from seqkern.ops._derivatives import recorded
+from seqkern.ops._derivatives import only_plain_operations, recorded
 from seqkern.reference import additive as reference
 
 _NAME = "additive_attention"
@@ -175,13 +173,10 @@ def _scale(scale: Any) -> float:
 
 def _call(args: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """seqkern::additive_attention, recorded where a derivative may be asked for."""
-    transformed, compiling = _are_functorch_transforms_active(), is_compiling()
-    if forward_ad._current_level >= 0 or (compiling and transformed):
-        # Only plain PyTorch operations carry tangents, and only they can be traced by
-        # torch.compile inside a transform.
+    if only_plain_operations():
         check_additive(_NAME, *args[:-1])
         return reference.additive_attention(*args)
-    if compiling:
+    if is_compiling():
         return _op(*args)
     if recorded([args[i] for i in DERIVED]):
         return AdditiveAttention.apply(*args)

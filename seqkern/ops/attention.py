@@ -5,9 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch._C import _is_any_autocast_enabled
 from torch._guards import detect_fake_mode
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from seqkern.ops._attention_autograd import DERIVED, Attention
@@ -21,7 +20,7 @@ from seqkern.ops._attention_checks import (
 )
 from seqkern.ops._attention_ops import choose
 from seqkern.ops._checks import check_tensor
-from seqkern.ops._derivatives import recorded
+from seqkern.ops._derivatives import only_plain_operations, recorded
 from seqkern.reference import attention as reference
 
 _op = torch.ops.seqkern.attention.default
@@ -417,13 +416,10 @@ def _mask_of_batch(m: Tensor, batch: tuple[int, ...]) -> Tensor:
 
 def call(args: tuple) -> tuple[Tensor, Tensor]:
     """seqkern::attention, recorded where a derivative may be asked for."""
-    transformed, compiling = _are_functorch_transforms_active(), is_compiling()
-    if forward_ad._current_level >= 0 or (compiling and transformed):
-        # Only plain PyTorch operations carry tangents, and only they can be traced by
-        # torch.compile inside a transform.
+    if only_plain_operations():
         check_attention("attention", *args)
         return reference.attention(*args)
-    if not compiling and recorded([args[i] for i in DERIVED]):
+    if not is_compiling() and recorded([args[i] for i in DERIVED]):
         return Attention.apply(*args)
     return _op(*args)
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
-from torch.autograd import forward_ad
+from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
@@ -16,7 +15,7 @@ from seqkern.ops._decoder_checks import (
     check_decoder_backward,
     check_public,
 )
-from seqkern.ops._derivatives import exporting, recorded
+from seqkern.ops._derivatives import exporting, only_plain_operations, recorded
 from seqkern.ops.choice import Choice, has_native_kernel
 from seqkern.reference import decoder as reference
 from seqkern.reference.recurrent import accumulation_dtype, keep_dtypes
@@ -213,17 +212,14 @@ def _autocast(given: Any, device: str) -> Any:
 
 def _call(args: tuple) -> tuple[Tensor, ...]:
     """s, contexts, weights and c_n, recorded where a derivative may be asked for."""
-    transformed, compiling = _are_functorch_transforms_active(), is_compiling()
-    if forward_ad._current_level >= 0 or (compiling and transformed):
-        # Only plain PyTorch operations carry tangents, and only they can be traced by
-        # torch.compile inside a transform.
+    if only_plain_operations():
         check_decoder("attention_decoder", *args)
         return reference.attention_decoder(*args)[:GRADS]
     # A graph that torch.export takes may be trained whatever the grad mode is now, and only the
     # training op has an Autograd kernel.
     if not (exporting() or recorded(args[i] for i in DERIVED)):
         return _inference_op(*args)
-    return (_training_op if compiling else Decoder.apply)(*args)[:GRADS]
+    return (_training_op if is_compiling() else Decoder.apply)(*args)[:GRADS]
 
 
 def choose(args: tuple) -> Choice:

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkern.ops import _recurrent_block as block
 from seqkern.ops._attention_explain import AttentionExplanation, explain_attention
+from seqkern.ops._derivatives import only_plain_operations
 from seqkern.ops.choice import Choice, Sizes, has_native_kernel, instructions
 from seqkern.ops.recurrent import needs_grad
 
@@ -124,8 +124,8 @@ def _recurrent_choice(
     op: str, mode: str, x: Tensor, dtype: torch.dtype, hidden: int, proj: bool
 ) -> Choice:
     device = x.device.type
-    if forward_ad._current_level >= 0:
-        return Choice("reference", "only PyTorch's own operations carry tangents")
+    if op == "recurrent" and only_plain_operations():
+        return Choice("reference", "only PyTorch's own operations are derived in this context")
     if not has_native_kernel(op, device):
         return Choice("reference", "no kernel of seqkern is loaded for this device")
     if device != "cuda":

@@ -31,7 +31,7 @@ from seqkern.ops._checks import (
     check_recurrent_backward,
     weight_names,
 )
-from seqkern.ops._derivatives import exporting
+from seqkern.ops._derivatives import exporting, only_plain_operations
 from seqkern.ops._recurrent_autograd import register, training
 from seqkern.ops.choice import has_native_kernel
 from seqkern.reference import recurrent as reference
@@ -302,9 +302,6 @@ def has_prepacked_kernel(device: str) -> bool:
 
 def _recorded() -> Callable[..., tuple[Tensor, ...]]:
     """The forward whose derivatives the context can take."""
-    compiling, transformed = is_compiling(), _are_functorch_transforms_active()
-    if forward_ad._current_level >= 0 or (compiling and transformed):
-        # Only plain PyTorch operations carry tangents, and only they can be traced by
-        # torch.compile inside a transform.
+    if only_plain_operations():
         return _recurrent
-    return _training_op if compiling else training
+    return _training_op if is_compiling() else training
