@@ -441,6 +441,22 @@ def test_raw_op_checks_again() -> None:
     assert (lse == -torch.inf).all()
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_trace_of_packed_sequences_refuses_longer_ones() -> None:
+    """The longest is a constant of the trace."""
+
+    def attend(rows: Tensor, bounds: Tensor) -> Tensor:
+        return seqkern.attention_varlen(rows, rows, rows, bounds, bounds)
+
+    rows = draw(5, 2, 8)
+    traced = torch.jit.trace(attend, (rows, torch.tensor([0, 3, 5])))
+    shorter, longer = torch.tensor([0, 2, 5]), torch.tensor([0, 1, 5])
+    assert torch.equal(traced(rows, shorter), attend(rows, shorter))
+    with pytest.raises(RuntimeError, match="at least the longest sequence, 4, got 3"):
+        traced(rows, longer)
+
+
 def test_explain() -> None:
     q, k, v = qkv()
     (plain,) = seqkern.explain(seqkern.attention, q, k, v, causal="bottom_right")

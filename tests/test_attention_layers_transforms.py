@@ -80,6 +80,45 @@ def loss_with(module: Any) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
     return lambda weights, x: functional_call(module, weights, (x,)).sin().sum()
 
 
+# Sizes that are checked are constants of a trace, PyTorch warns.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "grad_mode"),
+    [("MultiheadAttention", False), ("MultiheadAttention", True), ("Transformer", True)],
+)
+def test_jit_trace(name: str, grad_mode: bool) -> None:
+    """With its gradients, at other sizes."""
+    theirs, ours = alone(name)
+    with torch.set_grad_enabled(grad_mode):
+        traced = torch.jit.trace(ours, (torch.randn(2, 3, 8, dtype=F64),))
+    x = torch.randn(3, 5, 8, dtype=F64)
+    torch.testing.assert_close(results(traced, x), results(theirs, x))
+
+
+class Masked(torch.nn.Module):
+    def __init__(self, module: Any, name: str) -> None:
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.module(x, **{self.name: mask})
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_trace_holds_no_values_of_masks() -> None:
+    x, causal = torch.randn(2, 4, 8, dtype=F64), torch.ones(4, 4, dtype=torch.bool).triu(1)
+    right = torch.arange(4) >= torch.tensor([[4], [2]])
+    left, encoder = right.flip(1), build("TransformerEncoder")[1].eval()
+    by_mask, by_padding = Masked(encoder, "mask"), Masked(encoder, "src_key_padding_mask")
+    with torch.no_grad():
+        traced = torch.jit.trace(by_mask, (x, causal))
+        torch.testing.assert_close(traced(x, causal.T), by_mask(x, causal.T))
+        traced = torch.jit.trace(by_padding, (x, right))
+        torch.testing.assert_close(traced(x, left)[~left], by_padding(x, left)[~left])
+
+
 @every_name
 def test_func_grad_and_per_sample_gradients(name: str) -> None:
     theirs, ours = alone(name)

@@ -106,6 +106,30 @@ def test_steps_are_the_sequence(cell: str, attention: str) -> None:
     torch.testing.assert_close(state, last, rtol=1e-12, atol=1e-13)
 
 
+# Sizes that are checked are constants of a trace, PyTorch warns.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("part", ["decoder", "attention"])
+def test_jit_trace(part: str) -> None:
+    """A graph taken without a gradient has one, and takes other sizes."""
+    decoder = module("gru", "additive")
+    called = decoder if part == "decoder" else decoder.attention
+
+    def arguments(**sizes: int) -> tuple[Tensor, ...]:
+        x, state, key, value, _ = inputs("gru", K=1, **sizes)
+        return (x, state, key, value) if part == "decoder" else (state[:, None], key, value)
+
+    with torch.no_grad():
+        traced = torch.jit.trace(called, arguments())
+    given, found = arguments(B=2, T=6), []
+    for function in (traced, called):
+        results = function(*given)
+        results = results if part == "decoder" else (results,)
+        total = torch.stack([t.square().sum() for t in results]).sum()
+        found.append([*results, *torch.autograd.grad(total, list(function.parameters()))])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
 def test_the_keys_are_the_values_where_none_are_given() -> None:
     decoder = AttentionDecoder(seqkern.nn.GRUCell(I + H, H), AdditiveAttention(H, H, 4)).double()
     x, state, key, _, _ = inputs("gru")

@@ -1,5 +1,6 @@
 """The layers and cells under PyTorch's transforms: compile, export, func, autocast, checkpoint."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,22 @@ def test_a_compiled_call_without_gradient_keeps_nothing_for_one(name: str) -> No
     with torch.no_grad():
         torch.compile(ours, fullgraph=True, backend=backend)(make_input(name))
     assert ops == ["seqkern.recurrent_inference.default"]
+
+
+# Sizes that are checked are constants of a trace, PyTorch warns.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("grad_mode", [False, True])
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+def test_jit_trace(name: str, grad_mode: bool) -> None:
+    """With its gradients, at other sizes, and from a file."""
+    theirs, ours = build(name, 3, 4, **({"num_layers": 2} if name in LAYERS else {}))
+    with torch.set_grad_enabled(grad_mode):
+        traced, file = torch.jit.trace(ours, (make_input(name),)), io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    x = make_input(name, 6, 2)
+    torch.testing.assert_close(gradients(torch.jit.load(file), x), gradients(theirs, x))
 
 
 # ---- torch.func ---------------------------------------------------------------------------

@@ -56,7 +56,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     - ``is_causal`` without ``attn_mask`` raises in every mode; torch.nn's fast path ignores it.
     - Nested tensors of both layouts, for self- and cross-attention, in training too.
     - A boolean mask may stand beside a floating one; no copy in one dtype is made of the two.
-    - ``torch.jit.script`` does not take it, ``torch.compile`` and ``torch.export`` do.
+    - ``torch.jit.script`` does not take it, ``torch.compile``, ``torch.export`` and, with plain
+      PyTorch operations in the place of the kernels, ``torch.jit.trace`` do.
     """
 
     def forward(

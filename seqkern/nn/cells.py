@@ -114,8 +114,8 @@ class RNNCell(torch.nn.RNNCell):
 
     Parameters: ``weight_ih`` (H, I), ``weight_hh`` (H, H), ``bias_ih``, ``bias_hh`` (H,).
 
-    Other than ``torch.nn.RNNCell``: ``torch.compile`` and ``torch.export`` take it,
-    ``torch.jit.script`` does not, nor does ``torch.jit.trace`` where a gradient is needed.
+    Other than ``torch.nn.RNNCell``: ``torch.compile``, ``torch.export`` and
+    ``torch.jit.trace`` take it, ``torch.jit.script`` does not.
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -157,8 +157,8 @@ class LSTMCell(torch.nn.LSTMCell):
     Parameters: ``weight_ih`` (4H, I), ``weight_hh`` (4H, H), ``bias_ih``, ``bias_hh`` (4H,).
 
     Other than ``torch.nn.LSTMCell``: under autocast it computes and returns the autocast dtype;
-    ``torch.compile`` and ``torch.export`` take it, ``torch.jit.script`` does not, nor does
-    ``torch.jit.trace`` where a gradient is needed.
+    ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` take it, ``torch.jit.script`` does
+    not.
     """
 
     def forward(
@@ -206,8 +206,8 @@ class GRUCell(torch.nn.GRUCell):
     Parameters: ``weight_ih`` (3H, I), ``weight_hh`` (3H, H), ``bias_ih``, ``bias_hh`` (3H,).
 
     Other than ``torch.nn.GRUCell``: under autocast it computes and returns the autocast dtype;
-    ``torch.compile`` and ``torch.export`` take it, ``torch.jit.script`` does not, nor does
-    ``torch.jit.trace`` where a gradient is needed.
+    ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` take it, ``torch.jit.script`` does
+    not.
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

@@ -330,8 +330,8 @@ class RNN(_Recurrent):
 
     Other than ``torch.nn.RNN``: it is a ``torch.nn.RNNBase`` but no subclass of ``torch.nn.RNN``
     (``torch.compile`` refuses those); under autocast it computes and returns the autocast dtype;
-    ``torch.compile`` and ``torch.export`` take it, ``torch.jit.script`` does not, nor does
-    ``torch.jit.trace`` where a gradient is needed.
+    ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` take it, ``torch.jit.script`` does
+    not.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -387,8 +387,8 @@ class LSTM(_Recurrent):
 
     Other than ``torch.nn.LSTM``: it is a ``torch.nn.RNNBase`` but no subclass of ``torch.nn.LSTM``
     (``torch.compile`` refuses those); under autocast it computes and returns the autocast dtype;
-    ``torch.compile`` and ``torch.export`` take it, ``torch.jit.script`` does not, nor does
-    ``torch.jit.trace`` where a gradient is needed.
+    ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` take it, ``torch.jit.script`` does
+    not.
     """
 
     # Methods of torch.nn.LSTM that a subclass may call: RNNBase's, with a pair (h, c) for h, which
@@ -440,8 +440,8 @@ class GRU(_Recurrent):
 
     Other than ``torch.nn.GRU``: it is a ``torch.nn.RNNBase`` but no subclass of ``torch.nn.GRU``
     (``torch.compile`` refuses those); under autocast it computes and returns the autocast dtype;
-    ``torch.compile`` and ``torch.export`` take it, ``torch.jit.script`` does not, nor does
-    ``torch.jit.trace`` where a gradient is needed.
+    ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` take it, ``torch.jit.script`` does
+    not.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch._guards import detect_fake_mode
-from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
 from seqkern.nn.attention import MultiheadAttention, check_mask_dtype
 from seqkern.nn.cells import autocast_enabled
+from seqkern.ops._derivatives import takes_graph
 
 aten = torch.ops.aten
 # Where torch.nn has a fast path. No accelerator besides these is known to this package.
@@ -131,8 +131,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     - Boolean masks are handed on as they are to layers of this package; to others as torch.nn
       does, floating.
     - If ``is_causal`` is None the mask is compared with the causal one as torch.nn does, but not
-      where values are not to be had: under ``torch.compile``, ``torch.export``, ``torch.func``
-      and while a CUDA graph is captured. Nor if the mask takes a gradient, which it would lose.
+      where values are not to be had: under ``torch.compile``, ``torch.export``, ``torch.func``,
+      ``torch.jit.trace`` and while a CUDA graph is captured. Nor if the mask takes a gradient,
+      which it would lose.
     - A floating ``src_key_padding_mask`` with other values than 0 and -inf is added on every
       path; torch.nn takes it for excluding on its fast path.
     """
@@ -319,7 +320,7 @@ def _is_causal(mask: Tensor | None, promised: bool | None) -> bool:
 
 def _readable(mask: Tensor) -> bool:
     """Whether the values of the mask may decide what is computed."""
-    if is_compiling() or _are_functorch_transforms_active():
+    if takes_graph() or _are_functorch_transforms_active():
         return False
     # As under `explain`, which follows shapes alone.
     if detect_fake_mode(mask) is not None:

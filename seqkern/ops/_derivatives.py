@@ -6,16 +6,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._C import (
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+)
 from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 
 def exporting() -> bool:
-    """Whether torch.export takes a graph. Not by torch.compiler.is_exporting(), which torch.compile
-    folds to True in torch 2.11 (pytorch issue 176347)."""
-    return torch.compiler._is_exporting_flag
+    """Whether torch.export or torch.jit.trace takes a graph, which outlives the grad mode of now.
+    Not by torch.compiler.is_exporting(), which torch.compile folds to True in torch 2.11 (pytorch
+    issue 176347)."""
+    return torch.compiler._is_exporting_flag or _get_tracing_state() is not None
+
+
+def takes_graph() -> bool:
+    """Whether a graph is taken, which holds the op, derived by its Autograd kernel, and not the
+    autograd function."""
+    return is_compiling() or _get_tracing_state() is not None
 
 
 def through_reference(

@@ -8,14 +8,13 @@ from torch._C import (
     _AutoDispatchBelowAutograd,
     _is_any_autocast_enabled,
 )
-from torch.compiler import is_compiling
 
 from seqkern.ops import _additive_ops as _additive_ops
 from seqkern.ops._additive_autograd import DERIVED, AdditiveAttention
 from seqkern.ops._additive_checks import check_additive, check_mask, check_sequences
 from seqkern.ops._attention_checks import check_scale, check_vector, number
 from seqkern.ops._checks import check_tensor
-from seqkern.ops._derivatives import only_plain_operations, recorded
+from seqkern.ops._derivatives import only_plain_operations, recorded, takes_graph
 from seqkern.reference import additive as reference
 
 _NAME = "additive_attention"
@@ -176,7 +175,7 @@ def _call(args: tuple) -> tuple[Tensor, Tensor, Tensor]:
     if only_plain_operations():
         check_additive(_NAME, *args[:-1])
         return reference.additive_attention(*args)
-    if is_compiling():
+    if takes_graph():
         return _op(*args)
     if recorded([args[i] for i in DERIVED]):
         return AdditiveAttention.apply(*args)

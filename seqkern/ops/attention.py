@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled
+from torch._C import _get_tracing_state, _is_any_autocast_enabled
 from torch._guards import detect_fake_mode
 from torch.compiler import is_compiling
 
@@ -20,7 +20,7 @@ from seqkern.ops._attention_checks import (
 )
 from seqkern.ops._attention_ops import choose
 from seqkern.ops._checks import check_tensor
-from seqkern.ops._derivatives import only_plain_operations, recorded
+from seqkern.ops._derivatives import only_plain_operations, recorded, takes_graph
 from seqkern.reference import attention as reference
 
 _op = torch.ops.seqkern.attention.default
@@ -416,10 +416,11 @@ def _mask_of_batch(m: Tensor, batch: tuple[int, ...]) -> Tensor:
 
 def call(args: tuple) -> tuple[Tensor, Tensor]:
     """seqkern::attention, recorded where a derivative may be asked for."""
-    if only_plain_operations():
+    # The op takes Tq and Tk, which would be constants of a graph of torch.jit.trace.
+    if only_plain_operations() or (_get_tracing_state() is not None and args[10] is None):
         check_attention("attention", *args)
         return reference.attention(*args)
-    if not is_compiling() and recorded([args[i] for i in DERIVED]):
+    if not takes_graph() and recorded([args[i] for i in DERIVED]):
         return Attention.apply(*args)
     return _op(*args)
 

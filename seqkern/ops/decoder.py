@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
-from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from seqkern.ops._checks import check_shape
@@ -15,7 +14,7 @@ from seqkern.ops._decoder_checks import (
     check_decoder_backward,
     check_public,
 )
-from seqkern.ops._derivatives import exporting, only_plain_operations, recorded
+from seqkern.ops._derivatives import exporting, only_plain_operations, recorded, takes_graph
 from seqkern.ops.choice import Choice, has_native_kernel
 from seqkern.reference import decoder as reference
 from seqkern.reference.recurrent import accumulation_dtype, keep_dtypes
@@ -215,11 +214,11 @@ def _call(args: tuple) -> tuple[Tensor, ...]:
     if only_plain_operations():
         check_decoder("attention_decoder", *args)
         return reference.attention_decoder(*args)[:GRADS]
-    # A graph that torch.export takes may be trained whatever the grad mode is now, and only the
-    # training op has an Autograd kernel.
+    # An exported graph may be trained whatever the grad mode is now, and only the training op has
+    # an Autograd kernel.
     if not (exporting() or recorded(args[i] for i in DERIVED)):
         return _inference_op(*args)
-    return (_training_op if is_compiling() else Decoder.apply)(*args)[:GRADS]
+    return (_training_op if takes_graph() else Decoder.apply)(*args)[:GRADS]
 
 
 def choose(args: tuple) -> Choice:

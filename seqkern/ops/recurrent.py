@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch._C import (
     _are_functorch_transforms_active,
+    _get_tracing_state,
     _is_any_autocast_enabled,
-    _is_tracing,
     _len_torch_dispatch_stack,
 )
 from torch.autograd import forward_ad
@@ -31,7 +31,7 @@ from seqkern.ops._checks import (
     check_recurrent_backward,
     weight_names,
 )
-from seqkern.ops._derivatives import exporting, only_plain_operations
+from seqkern.ops._derivatives import exporting, only_plain_operations, takes_graph
 from seqkern.ops._recurrent_autograd import register, training
 from seqkern.ops.choice import has_native_kernel
 from seqkern.reference import recurrent as reference
@@ -240,8 +240,7 @@ def recurrent(
         if needs_grad(x, h0, c0, weights):
             y, h_n, c_n, _, _ = _recorded()(x, batch_sizes, h0, c0, weights, mode)
         else:
-            snapshot = () if packed is None or _is_tracing() else packed
-            y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, snapshot, mode)
+            y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, packed or (), mode)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         # The ops refuse what does not fit; only then is it worth finding out what it was. The
         # checks in advance would cost a single step as much as its arithmetic.
@@ -270,8 +269,8 @@ def needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tenso
     if forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():
-        # A graph outlives the grad mode that it was taken in. Only the training op has an Autograd
-        # kernel: the inference op would cut the tape where the graph is trained.
+        # Only the training op has an Autograd kernel: the inference op would cut the tape where an
+        # exported graph is trained.
         return exporting()
     if x.requires_grad or h0.requires_grad or (c0 is not None and c0.requires_grad):
         return True
@@ -286,7 +285,7 @@ def unobserved() -> bool:
     """Whether a call is for its numbers alone: no gradient, autocast, transform, mode, tracing."""
     return not (
         is_compiling()
-        or _is_tracing()
+        or _get_tracing_state() is not None
         or torch.is_grad_enabled()
         or _is_any_autocast_enabled()
         or _are_functorch_transforms_active()
@@ -304,4 +303,4 @@ def _recorded() -> Callable[..., tuple[Tensor, ...]]:
     """The forward whose derivatives the context can take."""
     if only_plain_operations():
         return _recurrent
-    return _training_op if is_compiling() else training
+    return _training_op if takes_graph() else training
