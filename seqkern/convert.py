@@ -61,7 +61,8 @@ def convert(model: torch.nn.Module) -> Conversion:
     Left alone, and named with the reason in the result, are modules that would not behave the
     same: subclasses of torch.nn's classes (their own code may rely on the base), and modules
     with a ``forward`` of their own instance. Call ``convert`` before ``fully_shard``, which
-    makes such a subclass, and before ``torch.compile``.
+    makes such a subclass, and before ``torch.compile``, but after ``quantize_dynamic``: that
+    finds the recurrent layers of torch.nn alone, and what it has quantised stays as it is.
 
     Args:
         model: any module.

@@ -483,6 +483,17 @@ def test_convert_leaves_what_may_behave_otherwise_and_says_why() -> None:
     assert [type(module) for module in model] == types
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of quantisation in torch.ao
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_convert_leaves_quantised_layers_alone() -> None:
+    model = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(torch.nn.LSTM(3, 4)))
+    x = torch.randn(2, 2, 3)
+    before, kind = model(x)[0], type(model[0])
+    assert seqkern.convert(model) == Conversion([], [])
+    assert type(model[0]) is kind is not torch.nn.LSTM
+    assert torch.equal(model(x)[0], before)
+
+
 def test_convert_wants_a_module() -> None:
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, got dict"):
         seqkern.convert({})  # type: ignore[arg-type] # the wrong call is the test

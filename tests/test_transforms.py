@@ -282,6 +282,17 @@ def test_backward_twice_needs_retain_graph() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+def test_a_bias_changed_before_the_backward_is_an_error(name: str) -> None:
+    """The backward is an op that takes all weights; torch.nn lets some of them change."""
+    _, ours = build(name, 3, 4)
+    loss = loss_of(ours(make_input(name)))
+    with torch.no_grad():
+        ours.get_parameter("bias_hh_l0" if name in LAYERS else "bias_hh").add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_inference_mode_and_no_grad_need_no_graph() -> None:
     _, ours = build("LSTM", 3, 4, 2)
     x = make_input("LSTM")
