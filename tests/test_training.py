@@ -17,7 +17,7 @@ from seqkern.cli.parallel import joined_processes
 from seqkern.tasks import registry
 from seqkern.tasks.corpora import corpus_folder
 from seqkern.tasks.job import Job, JobSpec, Parts, restore_vocabulary
-from seqkern.tasks.options import TrainOptions
+from seqkern.tasks.options import OPTIMIZERS, TrainOptions
 from seqkern.tasks.run import StopRequest, best_path, read_log, run_steps, save, scores_path
 from seqkern.tasks.training import Trainer
 from seqkern.tasks.vocab import Labels
@@ -183,6 +183,38 @@ def test_the_average_is_of_the_last_evaluations():
             trainer.evaluate()
             weights.append(trainer.job.model.line.weight.detach().clone())
     torch.testing.assert_close(trainer.averaged()["line.weight"], (weights[1] + weights[2]) / 2)
+
+
+class EarlierAdagrad(torch.optim.Adagrad):
+    """That of PyTorch 2.11, which fills its state when it is built and at no other time."""
+
+    def _init_group(self, group, *lists):
+        for p in group["params"]:
+            if p.grad is not None:
+                self.state[p]["sum"]
+        return super()._init_group(group, *lists)
+
+
+class TwoPhaseJob(LineJob):
+    first_phase = 4
+
+    def first_batches(self, batch_size, seed):
+        return self.batches(batch_size, seed + 1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_optimiser_starts_anew_after_the_first_phase(optimizer, monkeypatch):
+    """The second phase has the losses of a training that begins with the weights it found."""
+    monkeypatch.setattr(torch.optim, "Adagrad", EarlierAdagrad)
+    spec = JobSpec("line", "numbers", reading={"drift": 0.0})
+    options = TrainOptions(steps=5, batch_size=4, lr=0.05, warmup=2, optimizer=optimizer)
+    trainer = Trainer(TwoPhaseJob(spec), options)
+    losses(trainer, 4)
+    fresh = Trainer(make_line(spec), options)
+    fresh.job.model.load_state_dict(trainer.job.model.state_dict())
+    second = losses(trainer)
+    assert second == losses(fresh)
+    assert len(set(second)) == 5
 
 
 def test_a_loss_that_is_not_finite_ends_the_training():

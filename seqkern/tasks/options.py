@@ -22,7 +22,10 @@ OPTIMIZERS: Optimizers = {
         p, o.lr, betas=(0.9, o.beta2), weight_decay=o.weight_decay, fused=True
     ),
     "sgd": lambda p, o: torch.optim.SGD(p, o.lr, weight_decay=o.weight_decay),
-    "adagrad": lambda p, o: torch.optim.Adagrad(p, o.lr, weight_decay=o.weight_decay, fused=True),
+    # PyTorch 2.11 has no fused Adagrad for GPUs.
+    "adagrad": lambda p, o: torch.optim.Adagrad(
+        p, o.lr, weight_decay=o.weight_decay, fused=all(q.is_cpu for q in p) or None
+    ),
     "adadelta": lambda p, o: torch.optim.Adadelta(
         p, o.lr, rho=0.95, eps=1e-6, weight_decay=o.weight_decay
     ),

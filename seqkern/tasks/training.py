@@ -108,9 +108,10 @@ class Trainer:
     def _update(self) -> tuple[float, int]:
         options, model = self.options, self.job.model
         stream, step, steps = self._phase()
-        if step == 0:
-            # Moments of the first phase's gradients would hold the next one back.
-            self.optimizer.state.clear()
+        if step == 0 and self.step:
+            # Moments of the first phase's gradients would hold the next one back. The
+            # optimiser is new, not cleared: PyTorch 2.11's Adagrad fills its state only when built.
+            self.optimizer = options.build_optimizer(model.parameters())
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr_at(step, steps)
         # Each process takes every N-th batch: that of Windows, its own streams of the text.
