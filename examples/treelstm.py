@@ -2,7 +2,7 @@
 
     python examples/treelstm.py [--data FOLDER] [--steps 400] [TREE ...]
 
---data is a folder of train.txt, dev.txt and test.txt with a tree in brackets a line, as
+--data is a folder of train.txt, dev.txt and test.txt with trees in brackets, as
 `(3 (2 Not) (4 (2 too) (3 bad)))`; without it the trees are expressions of ListOps, as
 `[MAX 2 9 [MIN 4 7 ] 0 ]`.
 """

@@ -49,6 +49,9 @@ def test_a_tree_deeper_than_pythons_stack():
         ("3 a", r"\( to begin a tree, got '3' as part 1"),
         ("()", r"a label after \(, got '\)' as part 2"),
         ("(3 ((2 a)))", r"a label after \(|a word"),
+        ("(((2 a)))", r"a label after \(, got '\(' as part 3"),
+        ("((2 a) (2 b))", r"the end of the tree, got '\(' as part 6"),
+        ("((2 a)", "brackets are closed, got 1 open"),
         ("(3)", r"a word or a node, got '\)' as part 3"),
         ("(3 a b)", "one word or nodes in a node, and then .* got 'b' as part 4"),
         ("(3 a (2 b))", r"one word or nodes in a node, and then .* got '\(' as part 4"),
@@ -65,6 +68,62 @@ def test_what_is_no_tree_is_refused_with_its_line(tmp_path, text, message):
             read_trees(path)
     else:
         assert read_trees(path) == [parse_tree(SENTENCE)]
+
+
+# The first sentence of the Penn Treebank's own form, and one a line.
+MRG = """
+( (S
+    (NP-SBJ (DT The) (NN dog) )
+    (VP (VBZ barks)
+      (ADVP (RB very) (RB often) (-NONE- *) ))
+    (. .) ))
+( (S (NP (PRP It)) (VP (VBZ does))) )
+"""
+
+
+def test_trees_of_the_penn_treebank(tmp_path):
+    """Over several lines, in brackets without a label."""
+    path = tmp_path / "wsj.mrg"
+    path.write_text(MRG)
+    first, second = read_trees(path)
+    text = "(S (NP-SBJ (DT The) (NN dog)) (VP (VBZ barks) (ADVP (RB very) (RB often) (-NONE- *)))"
+    assert first == parse_tree(f"{text} (. .))")
+    assert second == parse_tree("(S (NP (PRP It)) (VP (VBZ does)))")
+    assert (first.words[0], first.labels[:2], second.parents) == (
+        "The",
+        ("S", "NP-SBJ"),
+        (-1, 0, 1, 0, 3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line", "message"),
+    [
+        # The tree of line 7 is not taken for a part of the one before, whatever it closes.
+        (MRG.replace("(. .) ))", "(. .) )"), 2, "closed, got 1 open"),
+        (MRG.replace("(. .) ))", "(. .) )").rstrip() + ")", 2, "closed, got 1 open"),
+        (MRG.replace("often)", "often))"), 2, "the end of the tree, got '.' as part"),
+        (MRG.rstrip()[:-1], 7, "closed, got 1 open"),
+        (MRG.replace("(NN dog)", "(NN the dog)"), 2, "one word or nodes"),
+        ("(3 (2 a) (2 b)\n(3 (2 a) (2 b)))\n", 1, "closed, got 1 open"),
+    ],
+)
+def test_a_malformed_tree_is_named_by_the_line_it_begins_at(tmp_path, wrong, line, message):
+    path = tmp_path / "wsj.mrg"
+    path.write_text(wrong)
+    with pytest.raises(ValueError, match=rf"wsj\.mrg:{line}: expected .*{message}"):
+        read_trees(path)
+
+
+def test_more_children_than_the_model_has_are_refused_before_training(tmp_path):
+    folder_of(tmp_path)
+    (tmp_path / "test.txt").write_text("(2 good)\n\n(2 (2 (2 so) (2 so) (2 so)) (3 good))\n")
+    wide = "expected at most 2 children of a node .* got 3"
+    with pytest.raises(ValueError, match=rf"test\.txt:3: {wide}"):
+        make_job(JobSpec("treelstm", "trees", str(tmp_path), sizes=SMALL))
+    for sizes in ({"children": 3}, {"kind": "childsum"}):
+        job = make_job(JobSpec("treelstm", "trees", str(tmp_path), sizes=SMALL | sizes))
+        assert 0 <= job.evaluate("test")["accuracy"] <= 1
 
 
 def test_a_file_without_a_tree_is_refused(tmp_path):

@@ -1,12 +1,15 @@
 """Trees in brackets with a label at every node, as `(3 (2 Not) (4 (2 too) (3 bad)))`.
 
-That is the form of the Penn Treebank, and of the Stanford Sentiment Treebank, whose labels are
-numbers. A node holds either one word or one node or more.
+That is the form of the Stanford Sentiment Treebank, whose labels are numbers, and of the Penn
+Treebank, whose trees have one more pair of brackets around them, without a label, and run over
+several lines. A node holds either one word or one node or more.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +36,7 @@ class LabelledTree(NamedTuple):
 
 
 def parse_tree(text: str) -> LabelledTree:
-    """The tree of a text in brackets.
+    """The tree of a text in brackets; a pair without a label around the whole of it is dropped.
 
     Raises:
         ValueError: the text is no such tree; the message says what was expected, and where.
@@ -43,7 +46,10 @@ def parse_tree(text: str) -> LabelledTree:
     labels: list[str] = []
     filled: list[bool] = []  # of each node, whether it has its word or a node
     path: list[int] = []  # the nodes that are not closed
-    for place, token in enumerate(TOKEN.findall(text), 1):
+    tokens = [*enumerate(TOKEN.findall(text), 1)]
+    if [token for _, token in tokens[:2]] == ["(", "("] and tokens[-1][1] == ")":
+        tokens = tokens[1:-1]
+    for place, token in tokens:
         expected = _expected(token, path, symbols, labels, filled)
         if expected:
             raise ValueError(f"expected {expected}, got {token!r} as part {place}")
@@ -88,21 +94,51 @@ def _expected(
     return ""
 
 
-def read_trees(path: str | Path) -> list[LabelledTree]:
-    """The trees of a file, one a line; empty lines are passed over, .gz is decompressed.
+def read_trees(path: str | Path, children: int | None = None) -> list[LabelledTree]:
+    """The trees of a file; empty lines are passed over, .gz is decompressed.
+
+    A tree begins on a line of its own, and may go on in lines that are indented deeper than that.
+
+    Args:
+        path: the file.
+        children: the most that a node may have; None for any number.
 
     Raises:
-        ValueError: a line is no tree; the message names the file and the line. Or the file holds
-            no tree.
+        ValueError: a text is no tree, or a node has more children; the message names the file and
+            the line where the tree begins. Or the file holds no tree.
         OSError: the file cannot be read.
     """
     trees = []
-    for number, line in read_lines(path):
-        if line.strip():
-            try:
-                trees.append(parse_tree(line))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+    for number, text in _texts(path):
+        try:
+            tree = parse_tree(text)
+            widest = max(Counter(tree.parents[1:]).values(), default=0)
+            if children is not None and widest > children:
+                raise ValueError(
+                    f"expected at most {children} children of a node (see the model's sizes kind "
+                    f"and children), got {widest}"
+                )
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        trees.append(tree)
     if not trees:
         raise ValueError(f"{path}: holds no tree")
     return trees
+
+
+def _texts(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The text of each tree, as far as its lines go, with the number of its first line."""
+    first, text, margin, unclosed = 0, "", 0, 0
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        indent = len(line) - len(line.lstrip())
+        # By brackets alone the next tree would become a part of one that lacks a bracket.
+        if unclosed <= 0 or (indent <= margin and line[indent] == "("):
+            if text:
+                yield first, text
+            first, text, margin, unclosed = number, "", indent, 0
+        text += line + "\n"
+        unclosed += line.count("(") - line.count(")")
+    if text:
+        yield first, text

@@ -25,7 +25,7 @@ ROWS = 64  # trees that are scored at a time
 TASKS = {
     "sst": "Stanford Sentiment Treebank: five labels at every phrase, as published",
     "listops": "generated expressions, their value at the root",
-    "trees": "your folder of train.txt, dev.txt and test.txt, a tree in brackets a line",
+    "trees": "your folder of train.txt, dev.txt and test.txt of trees in brackets",
 }
 READING: dict[str, Any] = {
     "min_count": 1,
@@ -43,8 +43,10 @@ EXPRESSIONS = ("examples", "held_out", "depth", "arguments", "nested", "operator
 OF_TASKS: dict[str, tuple[str, ...]] = dict.fromkeys(EXPRESSIONS, GENERATED)
 
 
-def tree_parts(task: str, data: str, reading: dict[str, Any], seed: int) -> Parts:
-    """The trees of a task of TASKS.
+def tree_parts(
+    task: str, data: str, reading: dict[str, Any], seed: int, children: int | None = None
+) -> Parts:
+    """The trees of a task of TASKS, whose nodes in files have at most so many children.
 
     Raises:
         ValueError, OSError: the data is absent or malformed, or an option of reading impossible.
@@ -63,7 +65,8 @@ def tree_parts(task: str, data: str, reading: dict[str, Any], seed: int) -> Part
     if task == "trees" and not data:
         raise ValueError("task 'trees' needs data: a folder of train.txt, dev.txt and test.txt")
     folder = corpus_folder(data, "sst") if task == "sst" else data
-    return Parts(*(read_trees(needed_file(folder, f"{part}.txt")) for part in Parts._fields))
+    files = (needed_file(folder, f"{part}.txt") for part in Parts._fields)
+    return Parts(*(read_trees(file, children) for file in files))
 
 
 def tree_of(task: str, text: str) -> LabelledTree:
@@ -131,7 +134,10 @@ class TreeJob(Job):
         return {"loss": "root"} if self.spec.task == "listops" else {}
 
     def read(self) -> Parts:
-        return tree_parts(self.spec.task, self.spec.data, self.reading, self.spec.seed)
+        spec, default = self.spec, TreeLSTMConfig
+        nary = spec.sizes.get("kind", default.kind) == "nary"
+        children = spec.sizes.get("children", default.children) if nary else None
+        return tree_parts(spec.task, spec.data, self.reading, spec.seed, children)
 
     def build_vocabs(self) -> dict[str, Any]:
         train = self.data.train
