@@ -312,6 +312,28 @@ def test_one_folder_of_corpora_is_for_every_recipe(call, tmp_path, monkeypatch):
     assert line == f"seqkern: task 'retrieval' takes no data, got '{tmp_path}'"
 
 
+def test_reproduce_refuses_the_run_of_another_recipe(call, data, tmp_path, monkeypatch):
+    """A result of the folder's run is none of a recipe that was changed since."""
+    options = {"steps": 2, "lr": 1e-2, "warmup": 0}
+    toy = replace(recipes.RECIPES["g2p"], task="pairs", options=options, sizes={"hidden": 8})
+    again = ("reproduce", "toy", "--data", data, "--out", tmp_path)
+    monkeypatch.setitem(recipes.RECIPES, "toy", toy)
+    call(*again)
+    result = (tmp_path / "toy-seqkern-1/result.json").read_text()
+    for changed, message in (
+        ({"options": {**options, "lr": 1e-4}}, "lr is 0.0001 here and 0.01 in"),
+        ({"options": {**options, "steps": 4}}, "steps is 4 here and 2 in"),
+        ({"options": {"steps": 2, "lr": 1e-2}}, "warmup is 200 here and 0 in"),
+        ({"sizes": {}}, "sizes is {} here and {'hidden': 8} in"),
+        ({"reading": {"reverse": True}}, "reading is {'reverse': True} here and {} in"),
+    ):
+        monkeypatch.setitem(recipes.RECIPES, "toy", replace(toy, **changed))
+        line = call(*again, status=2)
+        assert line.startswith(f"seqkern: {message} {tmp_path}"), line
+        assert line.endswith("choose another --out")
+    assert (tmp_path / "toy-seqkern-1/result.json").read_text() == result
+
+
 def test_what_train_refuses(call, run, data, tmp_path):
     line = call(*TRAIN, "--run", run, "--set", "lr=0.5", status=2)
     assert line.startswith("seqkern: lr is 0.5 here and 0.01 in")

@@ -22,7 +22,13 @@ from seqkern.cli.parallel import joined_processes
 from seqkern.tasks.batches import processes
 from seqkern.tasks.libraries import library
 from seqkern.tasks.registry import MODELS, make_job
-from seqkern.tasks.run import checkpoint_path, run_steps, start_log, stop_on_signal
+from seqkern.tasks.run import (
+    checkpoint_path,
+    expect_kept,
+    run_steps,
+    start_log,
+    stop_on_signal,
+)
 from seqkern.tasks.settings import parse_settings, resolve
 from seqkern.tasks.training import Trainer
 
@@ -84,14 +90,10 @@ def _expect_kept(trainer: Trainer, path: Path, spec: dict[str, str], given: dict
     """Raises ValueError where a resumed run is given other settings than it began with."""
     job = trainer.job
     kept = {**vars(job.model.config), **job.reading, **vars(trainer.options), **vars(job.spec)}
-    for name, value in {**{n: v for n, v in spec.items() if v}, **given}.items():
-        if name not in kept:
-            raise ValueError(f"no setting {name!r} of model {job.spec.model!r}")
-        if kept[name] != (tuple(value) if isinstance(value, list) else value):
-            raise ValueError(
-                f"{name} is {value!r} here and {kept[name]!r} in {path}: a resumed run keeps its "
-                "options; leave it out, or choose another --run"
-            )
+    given = {**{n: v for n, v in spec.items() if v}, **given}
+    if unknown := given.keys() - kept.keys():
+        raise ValueError(f"no setting {min(unknown)!r} of model {job.spec.model!r}")
+    expect_kept(path, kept, given, "leave it out, or choose another --run")
 
 
 def _run(trainer: Trainer, folder: Path, tensorboard: bool) -> bool:

@@ -24,6 +24,7 @@ from seqkern.tasks.run import (
     OnStep,
     StopRequest,
     checkpoint_path,
+    expect_kept,
     log_path,
     read_log,
     result_path,
@@ -71,18 +72,26 @@ def start(recipe: Recipe, data: str, seed: int, layers: str, folder: Path, devic
     """The trainer of a recipe: a new one, or that of the folder's checkpoint.
 
     One folder of corpora is given to all recipes, and to those that read none too.
+
+    Raises:
+        ValueError: the checkpoint is of other settings than the recipe's, or as Trainer.resume.
     """
     if recipe.task in load(entry(recipe.model).job).WITHOUT_DATA:
         data = ""
-    if checkpoint_path(folder).exists():
-        trainer = Trainer.resume(checkpoint_path(folder), device=device, data=data or None)
+    spec = JobSpec(
+        recipe.model, recipe.task, data, layers, seed, dict(recipe.sizes), dict(recipe.reading)
+    )
+    options = TrainOptions(**{**recipe.options, "seed": seed})
+    path = checkpoint_path(folder)
+    if path.exists():
+        trainer = Trainer.resume(path, device=device, data=data or None)
+        kept = {**asdict(trainer.options), **asdict(trainer.job.spec)}
+        settings = {**asdict(options), **asdict(spec), "data": kept["data"]}  # it may have moved
+        expect_kept(path, kept, settings, "choose another --out")
     else:
-        spec = JobSpec(
-            recipe.model, recipe.task, data, layers, seed, dict(recipe.sizes), dict(recipe.reading)
-        )
         job = make_job(spec)
         job.model.to(device)
-        trainer = Trainer(job, TrainOptions(**{**recipe.options, "seed": seed}))
+        trainer = Trainer(job, options)
     start_log(folder, trainer.step)
     return trainer
 
@@ -133,7 +142,8 @@ def reproduce(
             recipe's own, trainer.options.threads, sums are made in another order.
 
     Raises:
-        ValueError: there is no such recipe, or its data is not there.
+        ValueError: there is no such recipe, its data is not there, or the folder is of a run with
+            other settings.
     """
     trainer = start(recipe_named(name), data, seed, layers, folder, device)
     on_start(trainer)

@@ -107,6 +107,23 @@ def read_log(path: Path) -> list[dict[str, float]]:
         return [json.loads(line) for line in file]
 
 
+def expect_kept(path: Path, kept: dict[str, Any], given: dict[str, Any], instead: str) -> None:
+    """Raises ValueError where a run that goes on is given other settings than it began with.
+
+    Args:
+        path: the run's checkpoint.
+        kept: what it began with, by name.
+        given: what it is given now; names of `kept`.
+        instead: what to do about it.
+    """
+    for name, value in given.items():
+        if kept[name] != (tuple(value) if isinstance(value, list) else value):
+            raise ValueError(
+                f"{name} is {value!r} here and {kept[name]!r} in {path}: a resumed run keeps its "
+                f"options; {instead}"
+            )
+
+
 def save(trainer: Trainer, path: Path) -> None:
     """Writes a checkpoint; every process has to call it, the first one writes."""
     content = trainer.content()
