@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from seqkern.tasks.finetune import UnlabelledBatch
 from seqkern.tasks.job import JobSpec
 from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.registry import make_job
+from seqkern.tasks.run import save
 from seqkern.tasks.training import Trainer
 from tests.cells_by_hand import lstm_states
 
@@ -139,6 +141,26 @@ def test_the_first_steps_are_the_language(sentences):
     assert drawn[6].units == 8
     placed = job.place(text)
     torch.testing.assert_close(job.loss(placed), job.model.language_loss(placed.x, placed.lengths))
+
+
+def test_a_run_does_not_go_on_with_other_unlabelled_text(sentences, tmp_path):
+    """Those that keep their label are what they were, but the first phase reads the others."""
+    path, checkpoint = tmp_path / "dialects.tsv", tmp_path / "checkpoint.pt"
+    text = Path(sentences).read_text()
+    path.write_text(text)
+    job = job_of(str(path), share=0.02, pretrain=4)
+    trainer = Trainer(job, TrainOptions(steps=2, batch_size=8, warmup=0))
+    assert len(list(trainer.train(1))) == 1
+    save(trainer, checkpoint)
+    assert Trainer.resume(checkpoint).step == 1
+    kept = {e.words for part in job.data for e in part}
+    lines = text.splitlines()
+    rest = (line for line in lines if tuple(line.split()[1:]) not in kept)
+    changed = next(line for line in rest if lines.count(line) == 1)
+    path.write_text(text.replace(changed, f"{changed.split()[0]}\tnone of these words"))
+    assert job_of(str(path), share=0.02).data == job.data
+    with pytest.raises(ValueError, match="was trained on other data"):
+        Trainer.resume(checkpoint)
 
 
 def accuracy(data, pretrain, layers="seqkern"):

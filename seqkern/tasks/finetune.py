@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqkern.tasks.batches import Batches, Stream
 from seqkern.tasks.classify import ClassifyJob, SentenceBatch
-from seqkern.tasks.job import Parts
+from seqkern.tasks.job import Parts, hash_of
 from seqkern.tasks.labelled import Labelled
 from seqkern.tasks.vocab import Vocab
 
@@ -61,6 +61,10 @@ class FineTuneJob(ClassifyJob):
 
     def first_batches(self, batch_size: int, seed: int) -> Stream:
         return Batches(self._all.train, self._text, self.length, batch_size, seed)
+
+    def fingerprint(self) -> str:
+        """Of all training sentences, those that are text alone among them."""
+        return hash_of([*self.data.train, *self._all.train])
 
     def _text(self, examples: list[Labelled]) -> UnlabelledBatch:
         batch = self.collate([e._replace(label=self.labels[0]) for e in examples])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -243,7 +243,12 @@ class Job(ABC):
 
     def fingerprint(self) -> str:
         """A hash of the training examples in their order: a checkpoint knows its data by it."""
-        digest = hashlib.sha256()
-        for example in self.data.train:
-            digest.update(repr(example).encode())
-        return digest.hexdigest()
+        return hash_of(self.data.train)
+
+
+def hash_of(examples: Iterable[Any]) -> str:
+    """A hash of examples in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(example).encode())
+    return digest.hexdigest()
