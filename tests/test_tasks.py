@@ -70,6 +70,8 @@ def test_vocab_round_trip():
     assert vocab.symbols[4:] == ("a", "b", "c")
     assert vocab.encode(["c", "?", "a"]) == [6, UNKNOWN, 4]
     assert vocab.decode([BOS, 5, PAD, 4, EOS, 6]) == ("b", "a")
+    of_a_text = ["<pad>", "a", "</s>", "<s>", "<unk>", "c"]
+    assert vocab.encode(of_a_text) == [UNKNOWN, 4, UNKNOWN, UNKNOWN, UNKNOWN, 6]
     with pytest.raises(ValueError, match=r"twice: \['a'\]"):
         Vocab(["a", "b", "a"])
     with pytest.raises(ValueError, match="<s>"):

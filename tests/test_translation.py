@@ -142,6 +142,17 @@ def test_held_out_sources_may_have_new_characters(words):
         job.predict(["a?"])
 
 
+def test_words_named_as_special_ones_end_no_sentence(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text("".join(f"<pad> q{i}\tX </s> Y\n" for i in range(40)))
+    job = job_of("rnnsearch", path, source_tokens="words")
+    batch = job.collate([Pair("<pad> q", "X </s> Y")])
+    assert batch.x.tolist() == [[UNKNOWN, UNKNOWN]]
+    x, y = job.vocabs["target"].symbols.index("X"), job.vocabs["target"].symbols.index("Y")
+    assert batch.y.tolist() == [[x, UNKNOWN, y, EOS]]
+    assert job.target.decode(batch.y[0].tolist()) == "X <unk> Y"
+
+
 def test_smoothing_is_of_training_alone(words):
     plain, smooth = (job_of("transformer", words, smoothing=s) for s in (0.0, 0.1))
     batch = plain.collate(plain.data.train[:8])

@@ -225,7 +225,12 @@ class LanguageModelJob(Job):
         return getattr(self.model, "context", 0)
 
     def _numbers(self, symbols: Sequence[str]) -> Tensor:
-        return torch.tensor([BOS, *self.vocab.encode(symbols)])
+        return torch.tensor([BOS, *self._encode(symbols)])
+
+    def _encode(self, symbols: Sequence[str]) -> list[int]:
+        """Numbers of the symbols, of which `</s>` is the end of a line."""
+        numbers = zip(symbols, self.vocab.encode(symbols), strict=True)
+        return [EOS if symbol == SPECIALS[EOS] else number for symbol, number in numbers]
 
     def batches(self, batch_size: int, seed: int) -> Windows:
         window = self.reading["window"]
@@ -298,7 +303,7 @@ class LanguageModelJob(Job):
         return CountedModel(train, order, SPECIALS[BOS]).nats(other)
 
     def _known(self, symbols: Sequence[str]) -> list[str]:
-        return [self.vocab.symbols[number] for number in self.vocab.encode(symbols)]
+        return [self.vocab.symbols[number] for number in self._encode(symbols)]
 
     def scorer(self) -> str:
         state = "carried on" if self.model.carries else f"windows of {self.context}"

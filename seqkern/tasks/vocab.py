@@ -13,6 +13,10 @@ SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 class Vocab:
     """Symbols in a fixed order; the first four numbers are PAD, BOS, EOS and UNKNOWN.
 
+    `<pad>`, `<s>` and `</s>` as words of a text do not mean the special ones: they are UNKNOWN, so
+    no text ends where one stands. Language models alone take `</s>` for the end of a line, and
+    refuse the three in their files (see language.read_text).
+
     Args:
         symbols: the symbols without the special ones, each once.
 
@@ -22,8 +26,8 @@ class Vocab:
 
     def __init__(self, symbols: Iterable[str]) -> None:
         self.symbols = SPECIALS + tuple(symbols)
-        self._index = {symbol: i for i, symbol in enumerate(self.symbols)}
-        if len(self._index) != len(self.symbols):
+        self._index = {symbol: i for i, symbol in enumerate(self.symbols) if i > UNKNOWN}
+        if len(set(self.symbols)) != len(self.symbols):
             twice = sorted({s for s in self.symbols if self.symbols.count(s) > 1})
             raise ValueError(f"symbols must be distinct and not in {SPECIALS}, got twice: {twice}")
 
@@ -56,7 +60,7 @@ class Vocab:
         return isinstance(other, Vocab) and self.symbols == other.symbols
 
     def encode(self, sequence: Sequence[str]) -> list[int]:
-        """Numbers of the symbols; a symbol never seen becomes UNKNOWN."""
+        """Numbers of the symbols; one never seen, or named as a special one, becomes UNKNOWN."""
         return [self._index.get(symbol, UNKNOWN) for symbol in sequence]
 
     def decode(self, numbers: Iterable[int]) -> tuple[str, ...]:
