@@ -101,6 +101,18 @@ def test_columns(tmp_path):
     ]
 
 
+def of_phrases(path):
+    return read_columns(path, phrases=True)
+
+
+def test_tags_of_phrases(tmp_path):
+    tags = ("O", "B-x-y", "I-x", "S-loc", "E-1", "B", "I", "E", "S")
+    path = write(tmp_path / "x.iob", "".join(f"w {tag}\n" for tag in tags))
+    assert of_phrases(path) == [TaggedSentence(("w",) * len(tags), tags)]
+    path = write(tmp_path / "x.iob", "w NOUN\n")
+    assert read_columns(path) == [TaggedSentence(("w",), ("NOUN",))]
+
+
 def test_triples(tmp_path):
     folder = triples(tmp_path, "valid", ("play jazz", "O B-genre", "Play"), ("hi", "O", "Greet"))
     assert read_triples(folder, "valid") == [
@@ -128,6 +140,10 @@ def test_triples(tmp_path):
         (read_columns, "a O\nb\n", "f:2: expected 2 columns with the tag last, got 'b'"),
         (read_columns, "a X O\nb O\n", "f:2: expected 3 columns"),
         (read_columns, "a\n", "f:1: expected at least 2 columns"),
+        (of_phrases, "a O\nb PER\n", "f:2: expected a tag of phrases last, .* got 'b PER'"),
+        (of_phrases, "a B-x\nb I-\n", "f:2: expected a tag of phrases last"),
+        (of_phrases, "a B_loc\n", "f:1: expected a tag of phrases last"),
+        (of_phrases, "a o\n", "f:1: expected a tag of phrases last"),
         (read_columns, "\n", "f: holds no sentence"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from seqkern.tasks import checkpoint
 from seqkern.tasks.classify import ClassifyJob, WordDrop
 from seqkern.tasks.corpora import corpus_folder
-from seqkern.tasks.iob import read_snips
+from seqkern.tasks.iob import TaggedSentence, read_snips
 from seqkern.tasks.job import JobSpec
 from seqkern.tasks.options import TrainOptions
 from seqkern.tasks.registry import make_job
@@ -294,6 +295,12 @@ def test_a_file_of_columns(tmp_path):
         write(folder / f"{part}.txt", "".join(rows))
     job = make_job(JobSpec("tagger", "iob", str(folder), sizes={"hidden": 8}))
     assert [len(part) for part in job.data] == [18, 2, 20]
+    write(folder / "test.txt", "say O\nwhat PER\n")
+    spec = JobSpec("tagger", "iob", str(folder), sizes={"hidden": 8})
+    with pytest.raises(ValueError, match=r"test\.txt:2: expected a tag of phrases last"):
+        make_job(spec)
+    job = make_job(replace(spec, reading={"score": "accuracy"}))
+    assert job.data.test == [TaggedSentence(("say", "what"), ("O", "PER"))]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -21,15 +22,24 @@ class TaggedSentence(NamedTuple):
     label: str = ""
 
 
-def read_columns(path: str | Path) -> list[TaggedSentence]:
+# What F1 of phrases is computed from: IOB, and the E and S of IOBES; a lone letter has no type.
+PHRASE_TAG = re.compile(r"O|[BIES](-.+)?")
+
+
+def read_columns(path: str | Path, phrases: bool = False) -> list[TaggedSentence]:
     """Reads a word and its tag a line, the first and the last of its columns, as CoNLL-2003 has it.
 
     Columns are separated by white space, an empty line ends a sentence, and a line that begins
     with -DOCSTART- is passed over.
 
+    Args:
+        path: the file.
+        phrases: whether tags have to be IOB or IOBES, as O, B-x and I-x.
+
     Raises:
-        ValueError: a line has one column, or another number than the line before; the message
-            names the file and the line. Or the file holds no sentence.
+        ValueError: a line has one column, or another number than the line before, or its tag is
+            none of a phrase; the message names the file and the line. Or the file holds no
+            sentence.
         OSError: the file cannot be read.
     """
     sentences, words, tags, columns = [], [], [], 0
@@ -41,6 +51,8 @@ def read_columns(path: str | Path) -> list[TaggedSentence]:
             if len(fields) < 2 or len(fields) != (columns or len(fields)):
                 expected = f"{columns or 'at least 2'} columns with the tag last"
                 raise malformed(path, number, expected, line)
+            if phrases and not PHRASE_TAG.fullmatch(fields[-1]):
+                raise malformed(path, number, "a tag of phrases last, as O, B-x or I-x", line)
             columns = len(fields)
             words.append(fields[0])
             tags.append(fields[-1])
@@ -52,18 +64,18 @@ def read_columns(path: str | Path) -> list[TaggedSentence]:
     return sentences
 
 
-def read_column_parts(data: str | Path, seed: int) -> Parts:
-    """A file of columns, split by the seed, or a folder of such files.
+def read_column_parts(data: str | Path, seed: int, phrases: bool = False) -> Parts:
+    """A file of columns, split by the seed, or a folder of such files; see read_columns.
 
     A folder holds train and test, and dev or else a tenth of train is taken for it; each ends in
     .txt, .conll, .iob or .tsv, and may end in .gz after that.
     """
     if not Path(data).is_dir():
-        return split(read_columns(data), seed)
+        return split(read_columns(data, phrases), seed)
     parts = {}
     for part in Parts._fields:
         found = part_file(data, *(f"{part}.{end}" for end in ("txt", "conll", "iob", "tsv")))
-        parts[part] = read_columns(found) if found else []
+        parts[part] = read_columns(found, phrases) if found else []
     if not parts["train"] or not parts["test"]:
         raise ValueError(f"{data} must hold train.txt and test.txt of a word and its tag a line")
     return Parts(**parts) if parts["dev"] else carve_dev(parts["train"], parts["test"], seed)

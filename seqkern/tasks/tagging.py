@@ -66,8 +66,8 @@ class TaggingJob(Job):
     Options of reading: spellings, whether the model reads words by letter too; lower, whether
     words (not their letters) are read in lower case; min_count, occurrences of a word that is
     kept; unknown, how often words are dropped in training (see classify.WordDrop); score,
-    "slot_f1" where tags are IOB of phrases (as those of OF_PHRASES), "accuracy" where each stands
-    for itself.
+    "slot_f1" where tags are IOB or IOBES of phrases (as those of OF_PHRASES), "accuracy" where
+    each stands for itself.
     """
 
     TASKS: ClassVar[dict[str, str]] = {
@@ -102,7 +102,10 @@ class TaggingJob(Job):
 
     def read(self) -> Parts:
         """The sentences in the parts that TASKS says."""
-        return READERS[self.spec.task](self.spec.data, self.spec.seed)
+        spec = self.spec
+        if spec.task == "iob":
+            return _iob(spec.data, spec.seed, phrases=self.reading["score"] == "slot_f1")
+        return READERS[spec.task](spec.data, spec.seed)
 
     def build_vocabs(self) -> dict[str, Any]:
         train = self.data.train
@@ -297,10 +300,10 @@ def _conllu(data: str, seed: int) -> Parts:
     return Parts(train, _upos(dev), test) if dev else carve_dev(train, test, seed)
 
 
-def _iob(data: str, seed: int) -> Parts:
+def _iob(data: str, seed: int, phrases: bool) -> Parts:
     if not data:
         raise ValueError("task 'iob' needs data: a file of a word and its tag a line, or a folder")
-    return read_column_parts(data, seed)
+    return read_column_parts(data, seed, phrases)
 
 
 def _slots(data: str, seed: int) -> Parts:
@@ -314,7 +317,6 @@ def _slots(data: str, seed: int) -> Parts:
 
 
 READERS = {
-    "iob": _iob,
     "slots": _slots,
     "conllu": _conllu,
     "ewt-upos": lambda data, seed: _conllu(str(corpus_folder(data, "ud_english_ewt")), seed),
