@@ -96,6 +96,18 @@ def test_labels():
         Labels([])
 
 
+def test_a_log_whose_last_line_was_cut_short(tmp_path):
+    path = tmp_path / "losses.jsonl"
+    lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    for end in ("", '{"step": 3, "lo', '{"step": 3, "loss": 1.'):
+        path.write_text(whole + end)
+        assert read_log(path) == lines
+    path.write_text('{"step": 1, "lo\n' + whole)
+    with pytest.raises(ValueError, match=r"losses\.jsonl:1: expected JSON \(Unterm.*, got '.\"st"):
+        read_log(path)
+
+
 def test_reading_pairs(tmp_path):
     path = tmp_path / "pairs.tsv"
     path.write_bytes("\ufeffab c\tX  YY\n\n \nß\tZ\r\n".encode())

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from seqkern.tasks import checkpoint
 from seqkern.tasks.checkpoint import write_atomically
+from seqkern.tasks.lines import malformed
 from seqkern.tasks.training import Trainer
 
 SAVE_EVERY = 100  # steps; what a killed run repeats at most
@@ -102,9 +103,20 @@ def _step_of(line: bytes) -> float:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a log."""
-    with path.open() as file:
-        return [json.loads(line) for line in file]
+    """The lines of a log, without a last one that a killed process cut short.
+
+    Raises:
+        ValueError: another line is no JSON; the message names the file and the line.
+        OSError: the file cannot be read.
+    """
+    *lines, _ = path.read_text().split("\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise malformed(path, number, f"JSON ({error.msg})", line) from error
+    return found
 
 
 def expect_kept(path: Path, kept: dict[str, Any], given: dict[str, Any], instead: str) -> None:
