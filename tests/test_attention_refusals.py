@@ -1,0 +1,94 @@
+"""What the attention functions and their raw ops refuse, and how they say so."""
+
+import pytest
+import torch
+
+import seqkern
+from tests.attention_inputs import qkv
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"causal": True}, TypeError, "top_left"),
+        ({"causal": "left"}, ValueError, "causal must be"),
+        ({"mask": torch.ones(7, 8, dtype=torch.bool)}, ValueError, "mask must broadcast"),
+        ({"mask": torch.ones(7, 9)}, ValueError, "mask must be boolean"),
+        ({"mask": torch.ones(1, 1, 1, 7, 9, dtype=torch.bool)}, ValueError, "mask must broadcast"),
+        ({"bias": torch.ones(7, 9, dtype=torch.float64)}, ValueError, "bias must be"),
+        ({"bias": torch.ones(7, 9, dtype=torch.int64)}, ValueError, "bias must be floating"),
+        ({"bias": 1.0}, TypeError, "bias must be a Tensor"),
+        ({"k_lens": torch.tensor([9.0, 9.0])}, ValueError, "k_lens must be"),
+        ({"k_lens": torch.tensor([9])}, ValueError, r"k_lens must be \(2,\)"),
+        ({"k_lens": torch.tensor([9, 10])}, ValueError, r"within \[0, 9\], got \[9, 10\]"),
+        ({"q_lens": torch.tensor([-1, 2])}, ValueError, "q_lens must be within"),
+        ({"window": 3}, TypeError, "window must be"),
+        ({"window": (-2, 0)}, ValueError, "window must hold"),
+        ({"k_lens": torch.tensor([2**32 + 2, 1])}, ValueError, "k_lens must be within"),
+        ({"k_lens": [9, 9]}, TypeError, "k_lens must be a Tensor, got list"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive"),
+        (
+            {"softcap": torch.nn.Parameter(torch.ones(()))},
+            TypeError,
+            "softcap must be .* no gradient",
+        ),
+        ({"scale": torch.nn.Parameter(torch.ones(()))}, TypeError, "scale must be .* no gradient"),
+        ({"scale": "x"}, TypeError, "scale must be a number, got str"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"dropout_p": "x"}, TypeError, "dropout_p must be a number, got str"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks must be \(4,\)"),
+        ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes must be"),
+        ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "no gradient"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p must be in"),
+        ({"dropout_p": 0.5, "dropout_seed": "x"}, TypeError, "dropout_seed must be"),
+        ({"dropout_p": 0.5, "dropout_seed": 2**63}, ValueError, "dropout_seed must fit 64 bits"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_bad_options(change: dict, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        seqkern.attention(*qkv(), **change)
+
+
+def test_bad_tensors() -> None:
+    q, k, v = qkv()
+    attend = seqkern.attention
+    for args, error, match in [
+        ((q[0], k, v), ValueError, r"q must be \(B, H, T, D\)"),
+        ((q, k.double(), v), ValueError, "one floating-point dtype"),
+        ((q, k[:1], v), ValueError, "one batch size"),
+        ((q, k[..., :4], v), ValueError, "head size 8 of q"),
+        ((q, k, v[:, :, :3]), ValueError, "length of k"),
+        ((q, k[:, :3], v[:, :3]), ValueError, "multiple of the 3"),
+        ((q, k, None), TypeError, "v must be a Tensor"),
+        ((q.long(), k.long(), v.long()), ValueError, "floating-point"),
+    ]:
+        with pytest.raises(error, match=match):
+            attend(*args)
+    packed = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+    cu = torch.tensor([0, 7, 14]), torch.tensor([0, 9, 18])
+    assert seqkern.attention_varlen(*packed, *cu).shape == (14, 4, 8)
+    for bounds, match in [
+        ((None, cu[1]), "must be given"),
+        ((cu[0], cu[1][:2]), r"cu_k must be \(3,\)"),
+        ((cu[0] + 1, cu[1]), "must rise from 0"),
+        ((cu[0], cu[1].flip(0)), "must rise from 0"),
+        ((*cu, 6, 9), "max_q must be at least"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            seqkern.attention_varlen(*packed, *bounds)
+    with pytest.raises(TypeError, match="cu_q must be a Tensor, got list"):
+        seqkern.attention_varlen(*packed, [0, 7, 14], cu[1])
+
+
+def test_raw_op_checks_again() -> None:
+    """torch.ops.seqkern is open to anyone, and PyTorch's kernel divides by sizes of 0."""
+    q, k, v = qkv()
+    rest = None, -1, -1, 0.0, 0.0, 1.0
+    with pytest.raises(ValueError, match="max_q, max_k must be"):
+        torch.ops.seqkern.attention(q, k, v, *[None] * 9, *rest, 7, 8, True)
+    o, lse = torch.ops.seqkern.attention(
+        q, k[:, :, :0], v[:, :, :0], *[None] * 9, *rest, 7, 0, True
+    )
+    assert not o.any()
+    assert (lse == -torch.inf).all()
