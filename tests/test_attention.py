@@ -289,6 +289,33 @@ def test_heads_that_were_split_off_a_projection_join_without_a_copy() -> None:
         assert o.transpose(1, 2).is_contiguous()
 
 
+def test_results_may_come_back_in_another_layout() -> None:
+    """From hooks that keep saved tensors elsewhere; PyTorch's kernel takes rows of unit stride."""
+    given, runs = [t.detach() for t in qkv()], []
+    do = torch.randn(2, 4, 7, 8)
+    for pack in (torch.clone, lambda t: t.mT.contiguous().mT if t.dim() == 4 else t):
+        inputs = [t.clone().requires_grad_() for t in given]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            o = seqkern.attention(*inputs)
+        runs.append(torch.autograd.grad(o, inputs, do))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["o", "do"])
+def test_backward_stays_within_a_tensor_of_one_element(name: str) -> None:
+    q, k, v = qkv()
+    rule = *[None] * 9, None, -1, -1, 0.0, 0.0, 0.5, 7, 9, True
+    o, lse = torch.ops.seqkern.attention(q, k, v, *rule)
+    memory = torch.full((o.numel(),), torch.nan)
+    memory[0] = 0.5
+    runs = []
+    for t in (memory[0].expand(o.shape), torch.full(o.shape, 0.5)):
+        do, saved = (t, o) if name == "do" else (torch.ones_like(o), t)
+        args = do, None, saved, lse, q, k, v, *rule, True, True, False
+        runs.append(torch.ops.seqkern.attention_backward(*args))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, None), (None, 2, 0)])
 def test_vmap(in_dims) -> None:
     shapes = (2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 8)

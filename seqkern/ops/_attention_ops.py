@@ -185,7 +185,7 @@ def _torch_backward(do, dlse, o, lse, *rest):
     if args[10] is not None:
         return packed.backward(_torch_backward, (do, dlse, o, lse), args, needs)
     q, k, v, m, is_causal = _torch_arguments(args)
-    do = _unit_stride(reference.zero_beyond(do, args[5]))
+    do, o = (_unit_stride(t) for t in (reference.zero_beyond(do, args[5]), o))
     finite = lse.masked_fill(lse == -torch.inf, 0)
     grads = _FLASH_BACKWARD(do, q, k, v, o, finite, 0.0, is_causal, attn_mask=m, scale=args[17])
     none = q.new_empty(0)
