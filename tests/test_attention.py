@@ -1,5 +1,7 @@
 """seqkern's attention functions: PyTorch as the peer, and each argument's meaning."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,6 +178,28 @@ def test_alignment_of_unequal_lengths() -> None:
         o = seqkern.attention(q, k, v, causal=causal, window=window)
         expected = [sum(row) / len(row) for row in values]
         torch.testing.assert_close(o.flatten(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("causal", [None, "top_left", "bottom_right"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_window_may_be_wider_than_any_sequence(causal: str | None, softcap: float | None) -> None:
+    """Up to numbers that are no 64 bits any more, or wrap when a position is added."""
+    q, k, v = qkv()
+    options = {"causal": causal, "softcap": softcap}
+    lens = torch.tensor([9, 4])
+    whole = seqkern.attention(q, k, v, window=(20, 20), **options)
+    cached = seqkern.attention_decode(q, k, v, k_lens=lens, window=(20, 20), **options)
+    for far in (sys.maxsize, 2**63):
+        window = far, far
+        o = seqkern.attention(q, k, v, window=window, **options)
+        assert torch.equal(o, whole)
+        o = seqkern.attention_decode(q, k, v, k_lens=lens, window=window, **options)
+        assert torch.equal(o, cached)
+    ops, rule = torch.ops.seqkern, (causal, sys.maxsize, sys.maxsize, softcap or 0.0)
+    o, _ = ops.attention(q, k, v, *[None] * 9, *rule, 0.0, 8**-0.5, 7, 9, True)
+    assert torch.equal(o, whole)
+    o, _ = ops.attention_decode(q, k, v, lens.int(), None, None, None, *rule, 8**-0.5, 0)
+    assert torch.equal(o, cached)
 
 
 def test_a_seed_decides_what_is_dropped() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqkern.ops._checks import check_tensor
+from seqkern.reference.attention import FAR
 
 CAUSAL = None, "top_left", "bottom_right"
 _INT = (torch.int32, torch.int64)
@@ -212,13 +213,29 @@ def positive(op: str, name: str, value: Any) -> float:
     return value
 
 
+def sides(op: str, window: Any) -> tuple[int, int]:
+    """window_left and window_right as the ops take them, -1 for None."""
+    if window is None:
+        return -1, -1
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"{op}: window must be None or (left, right), got {window!r}")
+    for side in window:
+        if side is not None and (not isinstance(side, int) or isinstance(side, bool)):
+            raise TypeError(f"{op}: window must hold whole numbers or None, got {window!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"{op}: window must hold no negative number, got {window!r}")
+    # The ops take 64 bits, and Python's numbers have no end.
+    left, right = (-1 if side is None else min(side, FAR) for side in window)
+    return left, right
+
+
 def int32(op: str, name: str, t: Any) -> Tensor:
     """Lengths or bounds as the ops take them."""
     check_tensor(op, name, t)
     if t.dtype not in _INT:
         raise ValueError(f"{op}: {name} must be of torch.int32 or torch.int64, got {t.dtype}")
     # A length beyond any sequence must not wrap into a valid one.
-    return t if t.dtype == torch.int32 else t.clamp(-1, 2**30).to(torch.int32)
+    return t if t.dtype == torch.int32 else t.clamp(-1, FAR).to(torch.int32)
 
 
 def check_lengths(op: str, *args) -> None:

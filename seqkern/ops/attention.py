@@ -17,6 +17,7 @@ from seqkern.ops._attention_checks import (
     int32,
     number,
     positive,
+    sides,
 )
 from seqkern.ops._attention_ops import choose
 from seqkern.ops._checks import check_tensor
@@ -281,7 +282,7 @@ def _normal_form(name: str, tensors: tuple, options: tuple, sizes: tuple) -> tup
             f'{name}: causal must be "top_left" or "bottom_right", which differ where Tq != Tk, '
             f"got {causal!r}"
         )
-    left, right = _window(name, window)
+    left, right = sides(name, window)
     softcap, dropout_p = positive(name, "softcap", softcap), number(name, "dropout_p", dropout_p)
     if scale is not None:
         scale = number(name, "scale", scale)
@@ -308,18 +309,6 @@ def _with_four_dims(name: str, argument: str, t: Tensor | None) -> Tensor | None
             f"{name}: {argument} must broadcast to (B, H, Tq, Tk), got {tuple(t.shape)}"
         )
     return t[(None,) * (4 - t.dim())]
-
-
-def _window(name: str, window) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise TypeError(f"{name}: window must be (left, right), got {window!r}")
-    for n in window:
-        if n is not None and (not isinstance(n, int) or n < 0):
-            raise ValueError(f"{name}: window must hold numbers of keys or None, got {window!r}")
-    left, right = (-1 if n is None else n for n in window)
-    return left, right
 
 
 def _seed(name: str, q: Tensor, seed: int | Tensor) -> Tensor:

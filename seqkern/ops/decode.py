@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from seqkern.ops._attention_checks import int32, number, positive
+from seqkern.ops._attention_checks import int32, number, positive, sides
 from seqkern.ops._attention_ops import MAX_HEAD, refusal
 from seqkern.ops._checks import check_tensor
 from seqkern.ops._decode_checks import (
@@ -23,6 +23,7 @@ from seqkern.ops._decode_checks import (
 )
 from seqkern.ops.choice import HAS_TRITON, Choice
 from seqkern.reference import decode as reference
+from seqkern.reference.attention import within
 
 _LIB = torch.library.Library("seqkern", "FRAGMENT")
 _LIB.define(
@@ -157,13 +158,7 @@ def _live(p: Tensor, j: Tensor, causal, window_left: int, window_right: int) -> 
     """Which keys j a query at position p sees, (Tq, keys); None for all of them."""
     if p.size(0) == 1:
         return None
-    parts = []
-    if causal is not None:
-        parts.append(j <= p)
-    if window_left >= 0:
-        parts.append(j >= p - window_left)
-    if window_right >= 0:
-        parts.append(j <= p + window_right)
+    parts = within(p, j, causal, window_left, window_right)
     return torch.stack(parts).all(0) if parts else None
 
 
@@ -328,7 +323,7 @@ def attention_decode(
     lens, slopes = int32(op, "k_lens", k_lens), alibi_slopes
     if isinstance(slopes, Tensor) and slopes.dtype.is_floating_point:
         slopes = slopes.float()
-    left, right = _sides(op, window)
+    left, right = sides(op, window)
     rule = causal, left, right, positive(op, "softcap", softcap)
     scale = q.size(-1) ** -0.5 if scale is None else number(op, "scale", scale)
     args = block_table, slopes, sinks, *rule, scale, _count(op, splits)
@@ -347,20 +342,6 @@ def attention_decode(
 def _autocasts(q: Tensor) -> bool:
     device = q.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _sides(op: str, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise TypeError(f"{op}: window must be None or (left, right), got {window!r}")
-    for side in window:
-        if side is not None and (not isinstance(side, int) or isinstance(side, bool)):
-            raise TypeError(f"{op}: window must hold whole numbers or None, got {window!r}")
-        if side is not None and side < 0:
-            raise ValueError(f"{op}: window must hold no negative number, got {window!r}")
-    left, right = window
-    return -1 if left is None else left, -1 if right is None else right
 
 
 def _count(op: str, splits: int | None) -> int:

@@ -36,6 +36,10 @@ from torch import Tensor
 
 from seqkern.reference import packed
 
+# More than the keys of any sequence. A window that reaches further holds all of them, and would
+# wrap when a position is added.
+FAR = 2**30
+
 _PHILOX_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _PHILOX_KEYS = 0x9E3779B9, 0xBB67AE85
 _PHILOX_ROUNDS = 7
@@ -275,18 +279,25 @@ def live_elements(
         parts.append(i < q_lens[:, None, None, None])
     if k_lens is not None:
         parts.append(j < k_lens[:, None, None, None])
-    if causal is not None:
-        parts.append(j <= p)
-    if window_left >= 0:
-        parts.append(j >= p - window_left)
-    if window_right >= 0:
-        parts.append(j <= p + window_right)
+    parts += within(p, j, causal, window_left, window_right)
     if not parts:
         return None
     live = parts[0]
     for part in parts[1:]:
         live = live & part
     return live
+
+
+def within(p: Tensor, j: Tensor, causal, window_left: int, window_right: int) -> list[Tensor]:
+    """What each rule leaves of the keys j to queries at the positions p, boolean."""
+    parts = []
+    if causal is not None:
+        parts.append(j <= p)
+    if window_left >= 0:
+        parts.append(j >= p - min(window_left, FAR))
+    if window_right >= 0:
+        parts.append(j <= p + min(window_right, FAR))
+    return parts
 
 
 def positions(q, k, q_lens, k_lens, causal) -> tuple[Tensor, Tensor, Tensor]:
