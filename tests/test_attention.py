@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkern
 from seqkern.reference import attention as reference
+from seqkern.testing import assert_within_budget, neighbours
 from tests.attention_inputs import draw, qkv
 
 # ---- scaled_dot_product_attention ---------------------------------------------------------
@@ -200,6 +202,34 @@ def test_a_window_may_be_wider_than_any_sequence(causal: str | None, softcap: fl
     assert torch.equal(o, whole)
     o, _ = ops.attention_decode(q, k, v, lens.int(), None, None, None, *rule, 8**-0.5, 0)
     assert torch.equal(o, cached)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("causal", [None, "top_left"])
+def test_alibi_by_its_formula(causal: str | None, dtype: torch.dtype) -> None:
+    """Press et al.'s, over distances at which a slope's last bits show, and on slopes that float32
+    does not hold."""
+    Tq, Tk = 1000, 3
+    exact = draw(1, 2, Tq, 4, dtype=torch.float64), draw(1, 2, Tk, 4, dtype=torch.float64)
+    slopes = torch.tensor([2**-0.5, 0.3], dtype=torch.float64)
+
+    def formula(q: Tensor, k: Tensor, slopes: Tensor) -> dict[str, Tensor]:
+        i, j = torch.arange(Tq)[:, None], torch.arange(Tk)
+        p = i if causal else i + Tk - Tq
+        s = 0.5 * (q @ k.mT) - slopes[:, None, None] * (p - j).abs()
+        s = s.masked_fill(j > p, -torch.inf) if causal else s
+        return {"o": s.softmax(-1) @ k, "lse": s.logsumexp(-1)}
+
+    q, k, given = (t.to(dtype) for t in (*exact, slopes))
+    options = {"causal": causal, "alibi_slopes": given, "return_lse": True}
+    rule = causal, -1, -1, 0.0, 0.0, 0.5, Tq, Tk, True
+    runs = [formula(*ts) for ts in neighbours([t.float() for t in (*exact, slopes)])]
+    for o, lse in (
+        seqkern.attention(q, k, k, **options),
+        seqkern.attention_decode(q, k, k, k_lens=torch.tensor([Tk]), **options),
+        reference.attention(q, k, k, *[None] * 4, given, *[None] * 4, *rule),
+    ):
+        assert_within_budget({"o": o, "lse": lse}, formula(*exact, slopes), runs, dtype)
 
 
 def test_a_seed_decides_what_is_dropped() -> None:

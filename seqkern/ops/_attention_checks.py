@@ -127,16 +127,11 @@ def _check_extras(
             )
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"{op}: mask must be boolean, got {mask.dtype}; a floating one is a bias")
-    if bias is not None and bias.dtype not in (q.dtype, torch.float32):
-        raise ValueError(f"{op}: bias must be {q.dtype} or torch.float32, got {bias.dtype}")
+    if bias is not None:
+        check_kind(op, "bias", bias, q, (q.dtype, torch.float32))
     B, H = full[:2]
     if alibi_slopes is not None:
-        check_tensor(op, "alibi_slopes", alibi_slopes)
-        if tuple(alibi_slopes.shape) not in ((H,), (B, H)) or alibi_slopes.device != q.device:
-            raise ValueError(
-                f"{op}: alibi_slopes must be (H,) = ({H},) or (B, H) on {q.device}, got "
-                f"{tuple(alibi_slopes.shape)} on {alibi_slopes.device}"
-            )
+        check_slopes(op, alibi_slopes, q, B, H)
         if alibi_slopes.requires_grad:
             raise ValueError(
                 f"{op}: alibi_slopes have no gradient; slopes that are learnt go through bias"
@@ -153,6 +148,21 @@ def check_vector(
     if t.dim() != 1 or (size is not None and t.size(0) != size):
         expected = "(B + 1,)" if size is None else f"({size},)"
         raise ValueError(f"{op}: {name} must be {expected}, got {tuple(t.shape)}")
+    check_kind(op, name, t, q, dtypes)
+
+
+def check_slopes(op: str, t: Tensor, q: Tensor, B: int, H: int) -> None:
+    check_tensor(op, "alibi_slopes", t)
+    if tuple(t.shape) not in ((H,), (B, H)):
+        raise ValueError(
+            f"{op}: alibi_slopes must be (H,) = ({H},) or (B, H) = ({B}, {H}), got {tuple(t.shape)}"
+        )
+    dtypes = torch.float32, torch.promote_types(q.dtype, torch.float32)
+    check_kind(op, "alibi_slopes", t, q, dtypes)
+
+
+def check_kind(op: str, name: str, t: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """One of those dtypes, and q's device."""
     if t.dtype not in dtypes:
         names = " or ".join(map(str, dict.fromkeys(dtypes)))
         raise ValueError(f"{op}: {name} must be {names}, got {t.dtype}")
@@ -227,6 +237,16 @@ def sides(op: str, window: Any) -> tuple[int, int]:
     # The ops take 64 bits, and Python's numbers have no end.
     left, right = (-1 if side is None else min(side, FAR) for side in window)
     return left, right
+
+
+def as_slopes(op: str, t: Any, q: Tensor) -> Tensor | None:
+    """ALiBi's slopes as the ops take them."""
+    if t is None:
+        return None
+    check_tensor(op, "alibi_slopes", t)
+    if not t.dtype.is_floating_point:
+        raise ValueError(f"{op}: alibi_slopes must be floating, got {t.dtype}")
+    return t.to(torch.promote_types(q.dtype, torch.float32))
 
 
 def int32(op: str, name: str, t: Any) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from seqkern.ops._attention_checks import check_rule, check_vector
+from seqkern.ops._attention_checks import check_rule, check_slopes, check_vector
 from seqkern.ops._checks import check_shape, check_tensor
 
 MAX_SPLITS = 128
@@ -90,13 +90,7 @@ def check_decode(
         )
     _check_like(op, "k_cache", k_cache, "q", q)
     if alibi_slopes is not None:
-        check_tensor(op, "alibi_slopes", alibi_slopes)
-        if alibi_slopes.shape not in ((H,), (B, H)) or alibi_slopes.dtype != torch.float32:
-            raise ValueError(
-                f"{op}: alibi_slopes must be (H,) = ({H},) or (B, H) = ({B}, {H}) of "
-                f"torch.float32, got {tuple(alibi_slopes.shape)} of {alibi_slopes.dtype}"
-            )
-        _check_device(op, "alibi_slopes", alibi_slopes, "q", q)
+        check_slopes(op, alibi_slopes, q, B, H)
     if sinks is not None:
         check_vector(op, "sinks", sinks, q, H, (q.dtype, torch.float32))
     check_rule(op, causal, window_left, window_right, softcap, 0.0, scale)

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 
 from seqkern.ops._attention_autograd import DERIVED, Attention
 from seqkern.ops._attention_checks import (
+    as_slopes,
     check_attention,
     check_lengths,
     check_qkv,
@@ -291,8 +292,7 @@ def _normal_form(name: str, tensors: tuple, options: tuple, sizes: tuple) -> tup
     seed = None
     if dropout_p and dropout_seed is not None:
         seed = _seed(name, q, dropout_seed)
-    if isinstance(slopes, Tensor) and slopes.dtype.is_floating_point:
-        slopes = slopes.float()
+    slopes = as_slopes(name, slopes, q)
     bounds = zip(("q_lens", "k_lens", "cu_q", "cu_k"), (*lens, cu_q, cu_k))
     q_lens, k_lens, cu_q, cu_k = (t if t is None else int32(name, n, t) for n, t in bounds)
     extras = mask, bias, q_lens, k_lens, slopes, sinks, seed, cu_q, cu_k

@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from seqkern.ops._attention_checks import int32, number, positive, sides
+from seqkern.ops._attention_checks import as_slopes, int32, number, positive, sides
 from seqkern.ops._attention_ops import MAX_HEAD, refusal
 from seqkern.ops._checks import check_tensor
 from seqkern.ops._decode_checks import (
@@ -320,9 +320,7 @@ def attention_decode(
         check_tensor(op, "v_new", v_new)
     if q.dtype != k_cache.dtype and _autocasts(q):
         q = q.to(k_cache.dtype)
-    lens, slopes = int32(op, "k_lens", k_lens), alibi_slopes
-    if isinstance(slopes, Tensor) and slopes.dtype.is_floating_point:
-        slopes = slopes.float()
+    lens, slopes = int32(op, "k_lens", k_lens), as_slopes(op, alibi_slopes, q)
     left, right = sides(op, window)
     rule = causal, left, right, positive(op, "softcap", softcap)
     scale = q.size(-1) ** -0.5 if scale is None else number(op, "scale", scale)

@@ -316,7 +316,8 @@ def with_alibi(q, k, bias, q_lens, k_lens, alibi_slopes, causal) -> Tensor | Non
     if alibi_slopes is None:
         return bias
     _, j, p = positions(q, k, q_lens, k_lens, causal)
-    alibi = -alibi_slopes[..., None, None] * (p - j).abs()
+    slopes = alibi_slopes.to(torch.promote_types(q.dtype, torch.float32))
+    alibi = -slopes[..., None, None] * (p - j).abs()
     return alibi if bias is None else bias + alibi
 
 
