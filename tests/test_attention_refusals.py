@@ -24,6 +24,7 @@ from tests.attention_inputs import qkv
         ({"q_lens": torch.tensor([-1, 2])}, ValueError, "q_lens must be within"),
         ({"window": 3}, TypeError, "window must be"),
         ({"window": (-2, 0)}, ValueError, "window must hold"),
+        ({"window": (2.0, None)}, TypeError, "window must hold whole numbers"),
         ({"k_lens": torch.tensor([2**32 + 2, 1])}, ValueError, "k_lens must be within"),
         ({"k_lens": [9, 9]}, TypeError, "k_lens must be a Tensor, got list"),
         ({"softcap": -1.0}, ValueError, "softcap must be positive"),
@@ -37,7 +38,12 @@ from tests.attention_inputs import qkv
         ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
         ({"dropout_p": "x"}, TypeError, "dropout_p must be a number, got str"),
         ({"sinks": torch.zeros(3)}, ValueError, r"sinks must be \(4,\)"),
-        ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes must be"),
+        ({"sinks": [0.0] * 4}, TypeError, "sinks must be a Tensor, got list"),
+        ({"alibi_slopes": torch.zeros(3)}, ValueError, r"alibi_slopes must be \(H,\) = \(4,\)"),
+        ({"alibi_slopes": [1.0] * 4}, TypeError, "alibi_slopes must be a Tensor, got list"),
+        ({"alibi_slopes": torch.ones(4) > 0}, ValueError, "alibi_slopes must be floating"),
+        ({"alibi_slopes": torch.ones(4) * 1j}, ValueError, "alibi_slopes must be floating"),
+        ({"deterministic": "no"}, TypeError, "deterministic must be True or False, got 'no'"),
         ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "no gradient"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p must be in"),
         ({"dropout_p": 0.5, "dropout_seed": "x"}, TypeError, "dropout_seed must be"),
@@ -62,6 +68,8 @@ def test_bad_tensors() -> None:
         ((q, k[:, :3], v[:, :3]), ValueError, "multiple of the 3"),
         ((q, k, None), TypeError, "v must be a Tensor"),
         ((q.long(), k.long(), v.long()), ValueError, "floating-point"),
+        (tuple(t.to(torch.float8_e4m3fn) for t in (q, k, v)), ValueError, "of 16, 32 or 64 bits"),
+        ((torch.nested.nested_tensor([*q], layout=torch.jagged), k, v), ValueError, "a nested q"),
     ]:
         with pytest.raises(error, match=match):
             attend(*args)
@@ -74,11 +82,17 @@ def test_bad_tensors() -> None:
         ((cu[0] + 1, cu[1]), "must rise from 0"),
         ((cu[0], cu[1].flip(0)), "must rise from 0"),
         ((*cu, 6, 9), "max_q must be at least"),
+        ((torch.tensor(14), cu[1]), r"cu_q must be \(B \+ 1,\), got \(\)"),
     ]:
         with pytest.raises(ValueError, match=match):
             seqkern.attention_varlen(*packed, *bounds)
-    with pytest.raises(TypeError, match="cu_q must be a Tensor, got list"):
-        seqkern.attention_varlen(*packed, [0, 7, 14], cu[1])
+    for bounds, match in [
+        (([0, 7, 14], cu[1]), "cu_q must be a Tensor, got list"),
+        ((*cu, 7.0, 9), "max_q must be a whole number, got 7.0"),
+        ((*cu, 7, "9"), "max_k must be a whole number, got '9'"),
+    ]:
+        with pytest.raises(TypeError, match=match):
+            seqkern.attention_varlen(*packed, *bounds)
 
 
 def test_raw_op_checks_again() -> None:
@@ -92,3 +106,16 @@ def test_raw_op_checks_again() -> None:
     )
     assert not o.any()
     assert (lse == -torch.inf).all()
+    for dtype in (torch.complex64, torch.float64):
+        extras = *[None] * 4, torch.ones(4, dtype=dtype), *[None] * 4
+        with pytest.raises(ValueError, match=r"alibi_slopes must be torch\.float32, got"):
+            torch.ops.seqkern.attention(q, k, v, *extras, *rest, 7, 9, True)
+
+
+def test_slopes_that_are_learnt_elsewhere() -> None:
+    """They are refused for their gradient, which nobody asks for without grad mode."""
+    q, k, v = qkv()
+    slopes = torch.nn.Parameter(torch.rand(4))
+    with torch.no_grad():
+        o = seqkern.attention(q, k, v, alibi_slopes=slopes)
+    assert torch.equal(o, seqkern.attention(q, k, v, alibi_slopes=slopes.detach()))

@@ -252,7 +252,7 @@ REFUSED = {
     "dtype": (call(q=torch.zeros(2, 4, 1, 8).half()), "k_cache must have the dtype of q"),
     "integers": (
         call(k_cache=torch.zeros(2, 2, 6, 8, dtype=torch.int8)),
-        "k_cache must be of a floating-point dtype, got torch.int8",
+        "k_cache must be of a floating-point dtype .*, got torch.int8",
     ),
     "k_cache": (call(k_cache=torch.zeros(2, 2, 8)), r"k_cache must be \(B, Hkv, T, D\), got"),
     "v_cache": (call(v_cache=torch.zeros(2, 2, 5, 8)), r"v_cache must be .*\(2, 2, 6, 8\), got"),
@@ -284,6 +284,12 @@ REFUSED = {
     "softcap inf": (call(softcap=math.inf), "softcap must be positive and finite, got inf"),
     "softcap type": (call(softcap="1"), "softcap must be a number, got str"),
     "scale": (call(scale=math.nan), "scale must be finite, got nan"),
+    "slopes type": (call(alibi_slopes=[1.0] * 4), "alibi_slopes must be a Tensor, got list"),
+    "slopes dtype": (
+        call(alibi_slopes=torch.ones(4, dtype=torch.complex64)),
+        "alibi_slopes must be floating, got torch.complex64",
+    ),
+    "sinks type": (call(sinks=[1.0] * 4), "sinks must be a Tensor, got list"),
     "slopes": (call(alibi_slopes=torch.ones(3)), r"alibi_slopes must be \(H,\) = \(4,\) or .*\(3,"),
     "sinks": (call(sinks=torch.ones(3)), r"sinks must be \(4,\), got \(3,\)"),
     "sinks dtype": (call(sinks=torch.ones(4).half()), "sinks must be torch.float32.*float16"),

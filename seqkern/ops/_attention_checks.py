@@ -10,7 +10,8 @@ from seqkern.ops._checks import check_tensor
 from seqkern.reference.attention import FAR
 
 CAUSAL = None, "top_left", "bottom_right"
-_INT = (torch.int32, torch.int64)
+FLOATING = torch.float16, torch.bfloat16, torch.float32, torch.float64
+INT = (torch.int32, torch.int64)
 
 
 def check_attention(
@@ -51,8 +52,8 @@ def check_attention(
             raise ValueError(f"{op}: {missing} must be given where the other one is")
         if q_lens is not None or k_lens is not None:
             raise ValueError(f"{op}: lengths and cu_q, cu_k say the same: give one of them")
-        check_vector(op, "cu_q", cu_q, q, None, _INT)
-        check_vector(op, "cu_k", cu_k, q, cu_q.size(0), _INT)
+        check_vector(op, "cu_q", cu_q, q, None, INT)
+        check_vector(op, "cu_k", cu_k, q, cu_q.size(0), INT)
         if cu_q.size(0) == 0:
             raise ValueError(f"{op}: cu_q must hold the B + 1 bounds of B sequences, got none")
         if max_q < 0 or max_k < 0:
@@ -67,7 +68,7 @@ def check_attention(
             )
         for name, lens in (("q_lens", q_lens), ("k_lens", k_lens)):
             if lens is not None:
-                check_vector(op, name, lens, q, B, _INT)
+                check_vector(op, name, lens, q, B, INT)
     _check_extras(op, q, (B, H, max_q, max_k), mask, bias, alibi_slopes, sinks)
     if (seed is None) != (dropout_p == 0):
         raise ValueError(f"{op}: a seed goes with a dropout_p over 0, got {dropout_p}")
@@ -80,12 +81,17 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     form = "(N, H, D)" if packed else "(B, H, T, D)"
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, t)
+        if t.is_nested:
+            raise ValueError(
+                f"{op}: q, k and v must be nested all three, for attention_varlen, or none, got a "
+                f"nested {name}"
+            )
         if t.dim() != (3 if packed else 4):
             raise ValueError(f"{op}: {name} must be {form}, got {tuple(t.shape)}")
-        if not t.dtype.is_floating_point or t.dtype != q.dtype:
+        if t.dtype not in FLOATING or t.dtype != q.dtype:
             raise ValueError(
-                f"{op}: q, k and v must be of one floating-point dtype, got {q.dtype} for q "
-                f"and {t.dtype} for {name}"
+                f"{op}: q, k and v must be of one floating-point dtype of 16, 32 or 64 bits, got "
+                f"{q.dtype} for q and {t.dtype} for {name}"
             )
         if t.device != q.device:
             raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {t.device}")
@@ -213,6 +219,15 @@ def number(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def whole(op: str, name: str, value: Any) -> int:
+    """An argument that is a whole number; or a tensor of one, as PyTorch takes it."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a whole number, got {value!r}")
+    return value
+
+
 def positive(op: str, name: str, value: Any) -> float:
     """A positive number, 0 for None."""
     if value is None:
@@ -246,13 +261,15 @@ def as_slopes(op: str, t: Any, q: Tensor) -> Tensor | None:
     check_tensor(op, "alibi_slopes", t)
     if not t.dtype.is_floating_point:
         raise ValueError(f"{op}: alibi_slopes must be floating, got {t.dtype}")
-    return t.to(torch.promote_types(q.dtype, torch.float32))
+    t = t.to(torch.promote_types(q.dtype, torch.float32))
+    # They have no gradient, and without grad mode nobody asks for one.
+    return t if torch.is_grad_enabled() else t.detach()
 
 
 def int32(op: str, name: str, t: Any) -> Tensor:
     """Lengths or bounds as the ops take them."""
     check_tensor(op, name, t)
-    if t.dtype not in _INT:
+    if t.dtype not in INT:
         raise ValueError(f"{op}: {name} must be of torch.int32 or torch.int64, got {t.dtype}")
     # A length beyond any sequence must not wrap into a valid one.
     return t if t.dtype == torch.int32 else t.clamp(-1, FAR).to(torch.int32)

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from seqkern.ops._attention_checks import check_rule, check_slopes, check_vector
+from seqkern.ops._attention_checks import FLOATING, check_rule, check_slopes, check_vector
 from seqkern.ops._checks import check_shape, check_tensor
 
 MAX_SPLITS = 128
-_FLOATING = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
 def _check_like(op: str, name: str, t: Tensor, q_name: str, q: Tensor) -> None:
@@ -42,8 +41,11 @@ def _check_cache(op, k_cache, v_cache, k_lens, block_table) -> tuple[int, int]:
         check_tensor(op, name, t)
         if t.dim() != 4:
             raise ValueError(f"{op}: {name} must be ({symbols}, {width}), got {tuple(t.shape)}")
-    if k_cache.dtype not in _FLOATING:
-        raise ValueError(f"{op}: k_cache must be of a floating-point dtype, got {k_cache.dtype}")
+    if k_cache.dtype not in FLOATING:
+        raise ValueError(
+            f"{op}: k_cache must be of a floating-point dtype of 16, 32 or 64 bits, got "
+            f"{k_cache.dtype}"
+        )
     _check_like(op, "v_cache", v_cache, "k_cache", k_cache)
     expected = (*k_cache.shape[:3], v_cache.size(3))
     check_shape(op, "v_cache", f"{symbols}, Dv", v_cache, expected)

@@ -11,14 +11,17 @@ from torch.compiler import is_compiling
 
 from seqkern.ops._attention_autograd import DERIVED, Attention
 from seqkern.ops._attention_checks import (
+    INT,
     as_slopes,
     check_attention,
     check_lengths,
     check_qkv,
+    check_vector,
     int32,
     number,
     positive,
     sides,
+    whole,
 )
 from seqkern.ops._attention_ops import choose
 from seqkern.ops._checks import check_tensor
@@ -163,15 +166,19 @@ def attention_varlen(
     offsets = cu_q
     if cu_q is None or cu_k is None:
         raise ValueError(f"{name}: cu_q and cu_k must be given unless q, k and v are nested")
-    check_tensor(name, "cu_q", cu_q)
-    check_tensor(name, "cu_k", cu_k)
+    check_vector(name, "cu_q", cu_q, q, None, INT)
+    check_vector(name, "cu_k", cu_k, q, None, INT)
     q, k, v = _autocast(name, q, k, v)
     check_qkv(name, q, k, v, packed=True)
     args = _normal_form(
         name,
         (q, k, v, mask, bias, None, None, alibi_slopes, sinks, cu_q, cu_k),
         (causal, window, softcap, dropout_p, dropout_seed, scale),
-        (_longest(cu_q, max_q, q), _longest(cu_k, max_k, k), deterministic),
+        (
+            _longest(cu_q, q) if max_q is None else whole(name, "max_q", max_q),
+            _longest(cu_k, k) if max_k is None else whole(name, "max_k", max_k),
+            deterministic,
+        ),
     )
     if dropout_p and dropout_seed is None:
         args = _with_seed(args)
@@ -283,6 +290,8 @@ def _normal_form(name: str, tensors: tuple, options: tuple, sizes: tuple) -> tup
             f'{name}: causal must be "top_left" or "bottom_right", which differ where Tq != Tk, '
             f"got {causal!r}"
         )
+    if not isinstance(sizes[2], bool):
+        raise TypeError(f"{name}: deterministic must be True or False, got {sizes[2]!r}")
     left, right = sides(name, window)
     softcap, dropout_p = positive(name, "softcap", softcap), number(name, "dropout_p", dropout_p)
     if scale is not None:
@@ -293,6 +302,8 @@ def _normal_form(name: str, tensors: tuple, options: tuple, sizes: tuple) -> tup
     if dropout_p and dropout_seed is not None:
         seed = _seed(name, q, dropout_seed)
     slopes = as_slopes(name, slopes, q)
+    if sinks is not None:
+        check_tensor(name, "sinks", sinks)
     bounds = zip(("q_lens", "k_lens", "cu_q", "cu_k"), (*lens, cu_q, cu_k))
     q_lens, k_lens, cu_q, cu_k = (t if t is None else int32(name, n, t) for n, t in bounds)
     extras = mask, bias, q_lens, k_lens, slopes, sinks, seed, cu_q, cu_k
@@ -335,9 +346,7 @@ def _autocast(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def _longest(cu: Tensor, given: int | None, rows: Tensor) -> int:
-    if given is not None:
-        return given
+def _longest(cu: Tensor, rows: Tensor) -> int:
     if not is_compiling() and detect_fake_mode(cu) is not None:
         # As for `explain`: there are no values, but no sequence is longer than all rows.
         return rows.size(0)

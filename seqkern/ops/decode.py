@@ -78,8 +78,8 @@ def _attention_decode(*args):
 def _check_all(q, k_cache, v_cache, k_lens, block_table, alibi_slopes, sinks, *rule) -> None:
     op = "attention_decode"
     inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    check_no_gradient(op, inputs | {"alibi_slopes": alibi_slopes, "sinks": sinks})
     check_decode(op, q, k_cache, v_cache, k_lens, block_table, alibi_slopes, sinks, *rule)
+    check_no_gradient(op, inputs | {"alibi_slopes": alibi_slopes, "sinks": sinks})
 
 
 def _cache_append(*args):
