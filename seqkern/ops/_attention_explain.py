@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from seqkern.ops import _additive_ops, _attention_ops, decode, decoder
+from seqkern.ops._derivatives import in_plain_operations
+from seqkern.ops.attention_weights import attention_with_weights
 from seqkern.ops.choice import Choice, instructions
 
 _FIRST = (0, 1, 2)
@@ -26,13 +30,16 @@ _CHOICES = {
 # Attention has no kernels for matrix tiles or 16-bit products on the CPU.
 _SETS = {"amx": "avx512", "avx512_bf16": "avx512"}
 _BY_PYTORCH = Choice("torch", "PyTorch's own function means the same and serves without a seed")
+_FORWARD_MODE = Choice("reference", "only PyTorch's own operations carry tangents")
+_WITH_WEIGHTS = Choice("reference", "weights are asked for, which no fused kernel holds")
 
 
 @dataclass(frozen=True)
 class AttentionExplanation:
     """What one attention runs; str() gives it in one line.
 
-    op: the operator that is called.
+    op: the operator that is called, or stood for by PyTorch operations; or
+        "attention_with_weights", which is made of them.
     q, k, v: the shapes, in the order of the op.
     kernel, reason: see `seqkern.ops.choice.Choice`.
     instructions: the instruction set of a native CPU kernel, else None.
@@ -74,7 +81,7 @@ class _Ops(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Sees PyTorch's own function before it is taken apart."""
+    """Sees functions of PyTorch operations, its own and seqkern's, before they are taken apart."""
 
     def __init__(self, calls: list[AttentionExplanation]) -> None:
         super().__init__()
@@ -86,6 +93,12 @@ class _Functions(TorchFunctionMode):
             given = dict(zip(("query", "key", "value"), args)) | (kwargs or {})
             shown = [given[name] for name in ("query", "key", "value")]
             self.calls.append(_explanation(op, shown, _BY_PYTORCH))
+        elif func is attention_with_weights:
+            self.calls.append(_explanation(func.__name__, args[:3], _WITH_WEIGHTS))
+        elif func is in_plain_operations:
+            op, _, *tensors = args
+            shown = [tensors[i] for i in _CHOICES[op][1]]
+            self.calls.append(_explanation(op._schema.name, shown, _FORWARD_MODE))
         return func(*args, **(kwargs or {}))
 
 
@@ -101,8 +114,23 @@ def explain_attention(
     function: Callable[..., Any], args: tuple, kwargs: dict
 ) -> list[AttentionExplanation]:
     """The attentions of function(*args, **kwargs), in order; shapes are followed, nothing is
-    computed and nothing is changed."""
+    computed and nothing is changed.
+
+    Raises:
+        ValueError: a nested tensor is not of the jagged layout, the only one whose shapes can be
+            followed.
+    """
+    # Slow to import, and needed here alone.
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    for t in tree_leaves((args, kwargs)):
+        if isinstance(t, Tensor) and t.is_nested and t.layout != torch.jagged:
+            raise ValueError(
+                f"explain: nested tensors must be of the jagged layout, got {t.layout}"
+            )
     calls: list[AttentionExplanation] = []
-    with FakeTensorMode(allow_non_fake_inputs=True), _Ops(calls), _Functions(calls):
+    # The lengths of nested tensors are symbols.
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    with fake, _Ops(calls), _Functions(calls):
         function(*args, **kwargs)
     return calls

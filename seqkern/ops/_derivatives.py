@@ -1,8 +1,9 @@
 """What the autograd functions of the ops share: second derivatives, when to record a
 call, and how an op comes to its derivatives and its vmap."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from torch._C import (
 from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def exporting() -> bool:
@@ -95,6 +100,25 @@ def recorded(tensors) -> bool:
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
         return True
     return needs_grad(tensors)
+
+
+def visible(function: Callable[P, R]) -> Callable[P, R]:
+    """Shows calls of a function, which is no op, to a TorchFunctionMode, as `explain` has one."""
+
+    @functools.wraps(function)
+    def shown(*args: P.args, **kwargs: P.kwargs) -> R:
+        # None in the place of the tensors: a mode is asked, their classes are not.
+        if not is_compiling() and has_torch_function((None,)):
+            return handle_torch_function(shown, (None,), *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return shown
+
+
+@visible
+def in_plain_operations(op: Any, reference: Callable[..., Any], *args: Any) -> Any:
+    """What `op` would compute, by its reference; see `only_plain_operations`."""
+    return reference(*args)
 
 
 def register_rules(

@@ -14,7 +14,12 @@ from seqkern.ops._additive_autograd import DERIVED, AdditiveAttention
 from seqkern.ops._additive_checks import check_additive, check_mask, check_sequences
 from seqkern.ops._attention_checks import check_scale, check_vector, number
 from seqkern.ops._checks import check_tensor
-from seqkern.ops._derivatives import only_plain_operations, recorded, takes_graph
+from seqkern.ops._derivatives import (
+    in_plain_operations,
+    only_plain_operations,
+    recorded,
+    takes_graph,
+)
 from seqkern.reference import additive as reference
 
 _NAME = "additive_attention"
@@ -174,7 +179,7 @@ def _call(args: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """seqkern::additive_attention, recorded where a derivative may be asked for."""
     if only_plain_operations():
         check_additive(_NAME, *args[:-1])
-        return reference.additive_attention(*args)
+        return in_plain_operations(_op, reference.additive_attention, *args)
     if takes_graph():
         return _op(*args)
     if recorded([args[i] for i in DERIVED]):

@@ -25,7 +25,12 @@ from seqkern.ops._attention_checks import (
 )
 from seqkern.ops._attention_ops import choose
 from seqkern.ops._checks import check_tensor
-from seqkern.ops._derivatives import only_plain_operations, recorded, takes_graph
+from seqkern.ops._derivatives import (
+    in_plain_operations,
+    only_plain_operations,
+    recorded,
+    takes_graph,
+)
 from seqkern.reference import attention as reference
 
 _op = torch.ops.seqkern.attention.default
@@ -417,7 +422,7 @@ def call(args: tuple) -> tuple[Tensor, Tensor]:
     # The op takes Tq and Tk, which would be constants of a graph of torch.jit.trace.
     if only_plain_operations() or (_get_tracing_state() is not None and args[10] is None):
         check_attention("attention", *args)
-        return reference.attention(*args)
+        return in_plain_operations(_op, reference.attention, *args)
     if not takes_graph() and recorded([args[i] for i in DERIVED]):
         return Attention.apply(*args)
     return _op(*args)

@@ -14,7 +14,13 @@ from seqkern.ops._decoder_checks import (
     check_decoder_backward,
     check_public,
 )
-from seqkern.ops._derivatives import exporting, only_plain_operations, recorded, takes_graph
+from seqkern.ops._derivatives import (
+    exporting,
+    in_plain_operations,
+    only_plain_operations,
+    recorded,
+    takes_graph,
+)
 from seqkern.ops.choice import Choice, has_native_kernel
 from seqkern.reference import decoder as reference
 from seqkern.reference.recurrent import accumulation_dtype, keep_dtypes
@@ -213,7 +219,7 @@ def _call(args: tuple) -> tuple[Tensor, ...]:
     """s, contexts, weights and c_n, recorded where a derivative may be asked for."""
     if only_plain_operations():
         check_decoder("attention_decoder", *args)
-        return reference.attention_decoder(*args)[:GRADS]
+        return in_plain_operations(_training_op, reference.attention_decoder, *args)[:GRADS]
     # An exported graph may be trained whatever the grad mode is now, and only the training op has
     # an Autograd kernel.
     if not (exporting() or recorded(args[i] for i in DERIVED)):
