@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import seqkern
 from tests.attention_inputs import qkv
@@ -119,3 +120,35 @@ def test_slopes_that_are_learnt_elsewhere() -> None:
     with torch.no_grad():
         o = seqkern.attention(q, k, v, alibi_slopes=slopes)
     assert torch.equal(o, seqkern.attention(q, k, v, alibi_slopes=slopes.detach()))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_lengths_are_checked_in_forward_mode() -> None:
+    """Its plain operations take what an op of seqkern refuses."""
+    q, k, v = qkv()
+    rows, cu = torch.randn(3, 4, 8), torch.tensor([0, 2, 3])
+
+    def padded(q, **lens):
+        return seqkern.attention(q, k, v, **lens)
+
+    def packed(q, bounds):
+        return seqkern.attention_varlen(q, rows, rows, bounds, cu, 3, 3)
+
+    def transformed(q, **lens):
+        return torch.func.jvp(lambda q: padded(q, **lens), (q,), (q,))
+
+    wrong = torch.tensor([99, 1]), torch.tensor([1, -2])
+    with forward_ad.dual_level():
+        for lens in wrong:
+            for name in ("q_lens", "k_lens"):
+                with pytest.raises(ValueError, match=f"{name} must be within"):
+                    padded(q, **{name: lens})
+        with pytest.raises(ValueError, match="cu_q must rise from 0 to the 3 rows"):
+            packed(rows, torch.tensor([1, 3, 2]))
+        padded(q, k_lens=torch.tensor([9, 0]))
+        packed(rows, cu)
+    for lens in wrong:
+        with pytest.raises(ValueError, match="k_lens must be within"):
+            transformed(q, k_lens=lens)
+    # Lengths that a transform holds have no values to look at.
+    torch.vmap(lambda lens: transformed(q, k_lens=lens))(torch.tensor([[9, 0], [1, 2]]))

@@ -20,6 +20,8 @@ ops = torch.ops.seqkern
 TENSORS = 12
 Q, K, V, BIAS, SINKS = 0, 1, 2, 4, 8
 DERIVED = (Q, K, V, BIAS, SINKS)
+# q_lens, k_lens, cu_q and cu_k.
+LENGTHS = (5, 6, 10, 11)
 
 
 class Attention(torch.autograd.Function):
