@@ -79,6 +79,24 @@ def test_sdpa_takes_the_shapes_that_pytorch_takes(case: str) -> None:
     torch.testing.assert_close(*runs)
 
 
+def test_sdpa_casts_its_mask_under_autocast() -> None:
+    """To the dtype of the products, as PyTorch's function does."""
+    inputs = qkv(grad=True)
+    mask = draw(7, 9, dtype=torch.float16, grad=True)
+    runs = []
+    for m in (mask, mask.bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            o = seqkern.scaled_dot_product_attention(*inputs, m)
+        runs.append((o, *torch.autograd.grad(o.float().pow(2).sum(), (*inputs, mask))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert runs[0][-1].dtype == torch.float16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = F.scaled_dot_product_attention(*inputs, mask)
+    cast = [t.detach().bfloat16().double() for t in (*inputs, mask)]
+    exact = {"o": F.scaled_dot_product_attention(*cast)}
+    assert_within_budget({"o": runs[0][0]}, exact, [{"o": theirs}], torch.bfloat16)
+
+
 def test_sdpa_derives_twice() -> None:
     """Where PyTorch's own kernel on the CPU does not."""
     inputs = qkv(Tq=3, Tk=3, D=4, Dv=4, dtype=torch.float64, grad=True)

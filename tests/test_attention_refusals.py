@@ -57,6 +57,26 @@ def test_bad_options(change: dict, error: type[Exception], match: str) -> None:
         seqkern.attention(*qkv(), **change)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_sdpa_refuses_a_mask_by_its_name(grad: bool) -> None:
+    """What PyTorch's function refuses too, where it is asked first and where it is not."""
+    attend, (q, k, v) = seqkern.scaled_dot_product_attention, qkv(grad=grad)
+    for mask, error, match in [
+        ([[True]], TypeError, "a Tensor, got list"),
+        (torch.zeros(7, 9).double(), ValueError, r"torch.bool or torch.float32, got torch.float64"),
+        (torch.zeros(7, 9).long(), ValueError, r"torch.bool or torch.float32, got torch.int64"),
+        (torch.zeros(7, 8), ValueError, r"broadcast to .* = \(2, 4, 7, 9\), got \(7, 8\)"),
+        (torch.zeros(3, 1, 7, 9), ValueError, r"broadcast to .* got \(3, 1, 7, 9\)"),
+        (torch.zeros(1, 2, 4, 7, 9), ValueError, r"broadcast to .* got \(1, 2, 4, 7, 9\)"),
+        (torch.zeros(7, 9, device="meta"), ValueError, "on the device of query, cpu, got meta"),
+    ]:
+        with pytest.raises(error, match=f"^scaled_dot_product_attention: attn_mask must .*{match}"):
+            attend(q, k, v, mask)
+    mask = torch.zeros(1, 4, 7, 9)
+    with pytest.raises(ValueError, match=r"attn_mask must broadcast to .* = \(4, 7, 9\)"):
+        attend(q[0], k[0], v[0], mask)
+
+
 def test_bad_tensors() -> None:
     q, k, v = qkv()
     attend = seqkern.attention

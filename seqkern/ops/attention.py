@@ -14,7 +14,9 @@ from seqkern.ops._attention_autograd import DERIVED, LENGTHS, Attention
 from seqkern.ops._attention_checks import (
     INT,
     as_slopes,
+    autocast_dtype,
     check_attention,
+    check_kind,
     check_lengths,
     check_qkv,
     check_vector,
@@ -233,8 +235,15 @@ def scaled_dot_product_attention(
         check_tensor(name, n, t)
         if t.dim() < 2:
             raise ValueError(f"{name}: {n} must be (..., T, D), got {tuple(t.shape)}")
-    if attn_mask is not None and is_causal:
-        raise RuntimeError(f"{name}: attn_mask and is_causal must not both be given")
+    if attn_mask is not None:
+        check_tensor(name, "attn_mask", attn_mask)
+        if attn_mask.device != query.device:
+            raise ValueError(
+                f"{name}: attn_mask must be on the device of query, {query.device}, got "
+                f"{attn_mask.device}"
+            )
+        if is_causal:
+            raise RuntimeError(f"{name}: attn_mask and is_causal must not both be given")
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if query.is_nested or number(name, "dropout_p", dropout_p) >= 1:
         return F.scaled_dot_product_attention(
@@ -248,6 +257,7 @@ def scaled_dot_product_attention(
         except RuntimeError:
             # The checks below say what does not fit.
             pass
+    query, key, value = _autocast(name, query, key, value)
     if enable_gqa:
         key, value = _with_the_same_heads(query, key, value)
     elif query.dim() > 2 and key.dim() > 2:
@@ -259,8 +269,7 @@ def scaled_dot_product_attention(
     q, k, v, batch = _four_dimensional(query, key, value, enable_gqa)
     mask = bias = None
     if attn_mask is not None:
-        check_tensor(name, "attn_mask", attn_mask)
-        m = _mask_of_batch(attn_mask, batch)
+        m = _mask_of_batch(name, attn_mask, q, (*batch, q.size(2), k.size(2)))
         mask, bias = (m, None) if m.dtype == torch.bool else (None, m)
     o = attention(
         q,
@@ -344,11 +353,9 @@ def _autocast(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
         return q, k, v
     for argument, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, argument, t)
-    device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    dtype = autocast_dtype(q)
+    if dtype is not None:
+        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
     return q, k, v
 
 
@@ -405,8 +412,18 @@ def _with_the_same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
     return key, value
 
 
-def _mask_of_batch(m: Tensor, batch: tuple[int, ...]) -> Tensor:
-    """A mask (..., Tq, Tk) for leading sizes that were joined to (B, H)."""
+def _mask_of_batch(name: str, m: Tensor, q: Tensor, full: tuple[int, ...]) -> Tensor:
+    """attn_mask, checked, for leading sizes of `full` (..., H, Tq, Tk) that were joined to B."""
+    if m.dim() > len(full) or any(n not in (1, s) for n, s in zip(m.shape[::-1], full[::-1])):
+        raise ValueError(
+            f"{name}: attn_mask must broadcast to (..., H, Tq, Tk) = {full}, got {tuple(m.shape)}"
+        )
+    dtype = autocast_dtype(q)
+    # As PyTorch's function does, but for float32, which the op takes as it is.
+    if dtype is not None and m.dtype in (torch.float16, torch.bfloat16):
+        m = m.to(dtype)
+    check_kind(name, "attn_mask", m, q, (torch.bool, q.dtype, torch.float32))
+    batch = full[:-2]
     if m.dim() <= 4 and len(batch) <= 2:
         return m
     m = m[(None,) * (2 - m.dim())] if m.dim() < 2 else m

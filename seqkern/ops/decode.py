@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from seqkern.ops._attention_checks import as_slopes, int32, number, positive, sides
+from seqkern.ops._attention_checks import as_slopes, autocast_dtype, int32, number, positive, sides
 from seqkern.ops._attention_ops import MAX_HEAD, refusal
 from seqkern.ops._checks import check_tensor
 from seqkern.ops._decode_checks import (
@@ -318,7 +318,7 @@ def attention_decode(
     if k_new is not None:
         check_tensor(op, "k_new", k_new)
         check_tensor(op, "v_new", v_new)
-    if q.dtype != k_cache.dtype and _autocasts(q):
+    if q.dtype != k_cache.dtype and autocast_dtype(q) is not None:
         q = q.to(k_cache.dtype)
     lens, slopes = int32(op, "k_lens", k_lens), as_slopes(op, alibi_slopes, q)
     left, right = sides(op, window)
@@ -327,7 +327,7 @@ def attention_decode(
     args = block_table, slopes, sinks, *rule, scale, _count(op, splits)
     _check_all(q, k_cache, v_cache, lens, *args)
     if k_new is not None and v_new is not None:
-        if _autocasts(q):
+        if autocast_dtype(q) is not None:
             k_new, v_new = k_new.to(k_cache.dtype), v_new.to(v_cache.dtype)
         check_no_gradient(op, {"k_new": k_new, "v_new": v_new})
         check_append(op, k_cache, v_cache, k_new, v_new, lens, block_table)
@@ -335,11 +335,6 @@ def attention_decode(
         lens = lens + k_new.size(2)
     o, lse = _decode_op(q, k_cache, v_cache, lens, *args)
     return (o, lse) if return_lse else o
-
-
-def _autocasts(q: Tensor) -> bool:
-    device = q.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _count(op: str, splits: int | None) -> int:
