@@ -1,4 +1,5 @@
-"""What the fuzz tests of the raw ops share: arguments spoilt at random, and what came of a call."""
+"""What the fuzz tests of the raw ops share: arguments spoilt or laid out at random, and what came
+of a call."""
 
 import random
 from collections.abc import Callable
@@ -30,6 +31,25 @@ def spoilt_tensor(r: random.Random, t: Tensor) -> Tensor:
     if kind == 7:
         return t.transpose(0, -1) if t.dim() > 1 else t
     return t.new_zeros(()).expand(t.shape)
+
+
+def relaid_tensor(r: random.Random, t: Tensor) -> Tensor:
+    """The same values in another order, or with NaN between them."""
+    if t.dim() > 1 and r.random() < 0.5:
+        dim = r.randrange(t.dim() - 1)
+        return t.transpose(dim, -1).contiguous().transpose(dim, -1)
+    if not t.is_floating_point():
+        return t
+    pairs = t.new_full((*t.shape, 2), torch.nan)
+    pairs[..., 0] = t
+    return pairs[..., 0]
+
+
+def single_tensor(t: Tensor) -> Tensor:
+    """One value for all elements, with NaN behind it where a dense tensor would have others."""
+    row = t.new_full((t.numel() + 1,), torch.nan if t.is_floating_point() else 1)
+    row[0] = 0.5
+    return row[0].expand(t.shape)
 
 
 def outcome(op: Callable, arguments: list) -> str:

@@ -133,6 +133,23 @@ def test_raw_op_checks_again() -> None:
             torch.ops.seqkern.attention(q, k, v, *extras, *rest, 7, 9, True)
 
 
+@pytest.mark.parametrize("name", ["do", "dlse", "o", "lse"])
+def test_raw_backward_names_what_does_not_fit(name: str) -> None:
+    q, k, v = qkv()
+    args = q, k, v, *[None] * 9, None, -1, -1, 0.0, 0.0, 1.0, 7, 9, True
+    o, lse = torch.ops.seqkern.attention(*args)
+    given = {"do": torch.ones_like(o), "dlse": torch.ones_like(lse), "o": o, "lse": lse}
+    for spoilt, match in [
+        (given[name].double(), r"torch\.float32, got torch\.float64"),
+        (given[name].bfloat16(), r"torch\.float32, got torch\.bfloat16"),
+        (given[name][:, 1:], r"\(2, 4, 7.*\), got \(2, 3, 7"),
+        (given[name].to("meta"), "on the device of q, cpu, got meta"),
+    ]:
+        wrong = (given | {name: spoilt}).values()
+        with pytest.raises(ValueError, match=f"^attention_backward: {name} must be {match}"):
+            torch.ops.seqkern.attention_backward(*wrong, *args, True, True, False)
+
+
 def test_slopes_that_are_learnt_elsewhere() -> None:
     """They are refused for their gradient, which nobody asks for without grad mode."""
     q, k, v = qkv()

@@ -324,14 +324,15 @@ def check_attention_backward(
     """What the backward takes besides the forward's arguments.
 
     Raises:
-        ValueError: a size or device does not match.
+        ValueError: a size, dtype or device does not match.
     """
     rows = tuple(q.shape[:-1])
-    expected = {"do": (do, (*rows, v.size(-1))), "o": (o, (*rows, v.size(-1)))}
-    rows = (rows[1], rows[0]) if packed else rows
-    expected |= {"lse": (lse, rows), "dlse": (dlse, rows)}
-    for name, (t, shape) in expected.items():
-        if t is not None and (tuple(t.shape) != shape or t.device != q.device):
-            raise ValueError(
-                f"{op}: {name} must be {shape} on {q.device}, got {tuple(t.shape)} on {t.device}"
-            )
+    like_o = (*rows, v.size(-1)), q.dtype
+    like_lse = rows[::-1] if packed else rows, torch.promote_types(q.dtype, torch.float32)
+    given = ("do", do, like_o), ("o", o, like_o), ("lse", lse, like_lse), ("dlse", dlse, like_lse)
+    for name, t, (shape, dtype) in given:
+        if t is None:
+            continue
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{op}: {name} must be {shape}, got {tuple(t.shape)}")
+        check_kind(op, name, t, q, (dtype,))

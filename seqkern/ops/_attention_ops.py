@@ -264,6 +264,7 @@ def _attention_fake(*args):
 
 @torch.library.register_fake("seqkern::attention_backward", lib=_LIB)
 def _attention_backward_fake(do, dlse, o, lse, *rest):
+    _check_backward(do, dlse, o, lse, *rest)
     q, k, v, _, bias, _, _, _, sinks, *_, need_dq, need_dkv, need_dbias = rest
     none = q.new_empty(0)
     return (

@@ -22,7 +22,7 @@ def unpad(padded: Tensor, cu: Tensor, rows: int) -> Tensor:
     if padded.numel() == 0:
         return padded.new_zeros(rows, padded.size(1), padded.size(3))
     row = torch.arange(rows, device=padded.device)
-    b = torch.searchsorted(cu[1:], row, right=True).clamp(max=padded.size(0) - 1)
+    b = torch.searchsorted(cu[1:].contiguous(), row, right=True).clamp(max=padded.size(0) - 1)
     i = (row - cu[b]).clamp(max=padded.size(2) - 1)
     return padded[b, :, i].masked_fill((row >= cu[-1])[:, None, None], 0)
 
