@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from seqkern.ops.choice import has_native_kernel
-from seqkern.testing import OpCase, all_cases, assert_matches_reference, cotangents, named
+from seqkern.testing import (
+    OpCase,
+    all_cases,
+    assert_matches_reference,
+    assert_within_budget,
+    cotangents,
+    named,
+)
 
 CASES = all_cases()
 SMALL = [case for case in CASES if case.small]
@@ -227,6 +234,15 @@ def test_compile(case: OpCase) -> None:
         out = run(*inputs)
         results.append([*out, *torch.autograd.grad(out, inputs, cotangents(out, torch.float32))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_nan_is_over_every_budget() -> None:
+    """Also where the exact result is zero, so that no error can be a part of it."""
+    for exact in (torch.zeros(3).double(), torch.ones(3).double()):
+        with pytest.raises(AssertionError, match="relative error nan"):
+            assert_within_budget(
+                {"o": torch.full((3,), torch.nan)}, {"o": exact}, [], torch.float32
+            )
 
 
 def test_a_fused_op_has_both_directions() -> None:

@@ -22,7 +22,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
         return 0.0
     error = (actual.double() - exact).abs().max().item()
     scale = exact.abs().max().item()
-    return error / scale if scale or error != error else error
+    return error / scale if scale else error
 
 
 def neighbours(tensors: Sequence[Tensor], count: int = 4) -> Iterator[tuple[Tensor, ...]]:
