@@ -227,7 +227,7 @@ def number(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
-def whole(op: str, name: str, value: Any) -> int:
+def whole(op: str, name: str, value: Any) -> int | torch.SymInt:
     """An argument that is a whole number; or a tensor of one, as PyTorch takes it."""
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
