@@ -6,6 +6,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from seqkern import nn
+from seqkern.nn.transformer import REPLACEMENTS
 
 _REPLACEMENTS: dict[type, type] = {
     torch.nn.RNN: nn.RNN,
@@ -14,12 +15,7 @@ _REPLACEMENTS: dict[type, type] = {
     torch.nn.RNNCell: nn.RNNCell,
     torch.nn.LSTMCell: nn.LSTMCell,
     torch.nn.GRUCell: nn.GRUCell,
-    torch.nn.MultiheadAttention: nn.MultiheadAttention,
-    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
-    torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
-    torch.nn.TransformerEncoder: nn.TransformerEncoder,
-    torch.nn.TransformerDecoder: nn.TransformerDecoder,
-    torch.nn.Transformer: nn.Transformer,
+    **REPLACEMENTS,
 }
 
 

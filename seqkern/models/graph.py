@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from seqkern.models.common import check_sizes, layers_named
+from seqkern.models.sequences import padding_of
 from seqkern.ops.additive import additive_attention
 
 READOUTS = ("nodes", "max", "attention")
@@ -206,6 +207,5 @@ class GraphNet(nn.Module):
         if self.layers == "seqkern":
             query = key.new_zeros(len(sizes), 1, key.size(2))
             return additive_attention(query, key, value, self.v_a, k_lens=k_lens).squeeze(1)
-        padding = torch.arange(key.size(1), device=h.device) >= k_lens[:, None]
-        e = (torch.tanh(key) @ self.v_a).masked_fill(padding, -torch.inf)
+        e = (torch.tanh(key) @ self.v_a).masked_fill(padding_of(k_lens, key.size(1)), -torch.inf)
         return (e.softmax(1).unsqueeze(1) @ value).squeeze(1)

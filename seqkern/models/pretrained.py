@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from seqkern.models.common import check_sizes, layers_named
-from seqkern.models.sequences import pack_symbols, padding_of
+from seqkern.models.sequences import check_sequences, pack_symbols, padding_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class PretrainedClassifier(nn.Module):
         Raises:
             ValueError: a sentence is empty or longer than T, or the sizes do not fit.
         """
-        pack_symbols(x, lengths)  # refuses what is no batch of sentences
+        check_sequences(x, lengths)
         begun = torch.cat([x.new_full((len(x), 1), self.config.bos), x], 1)
         words = pack_symbols(begun, lengths + 1)
         states, _ = self.lstm(words._replace(data=self.dropout(self.embed(words.data))))

@@ -170,7 +170,7 @@ class BiLSTMTagger(nn.Module):
         if spellings is not None:
             e = torch.cat([e, self._spell(spellings, lengths)], -1)
         states, _ = self.lstm(words._replace(data=self.dropout(e)))
-        return self._scores(states, lengths, x.size(1))
+        return self._scores(states, x.size(1))
 
     def _spell(self, spellings: Spellings, lengths: Tensor) -> Tensor:
         """[→c_L ; ←c_1] of every word, in the order of the packed sentences."""
@@ -187,7 +187,7 @@ class BiLSTMTagger(nn.Module):
         )
         return c.transpose(0, 1).flatten(1)[places.data]
 
-    def _scores(self, states: PackedSequence, lengths: Tensor, T: int) -> Tagged:
+    def _scores(self, states: PackedSequence, T: int) -> Tagged:
         tags = states._replace(data=self.output(self.dropout(states.data)))
         padded, _ = pad_packed_sequence(tags, batch_first=True, total_length=T)
         if not self.config.intents:

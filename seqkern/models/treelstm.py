@@ -46,12 +46,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqkern.models.common import check_sizes, layers_named
+from seqkern.models.sequences import small_embedding
 
 KINDS = ("nary", "childsum")
 NO_SYMBOL = 0
 NO_PARENT = -1
-# nn.Embedding's own spread, 1, drowns what is learned of a word that is seen a few times.
-EMBEDDING_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -325,14 +324,12 @@ class TreeLSTM(nn.Module):
         layers_named(layers)
         self.config, self.layers = config, layers
         D, H = config.embedding, config.hidden
-        self.embed = nn.Embedding(config.symbols, D, padding_idx=NO_SYMBOL)
+        self.embed = small_embedding(config.symbols, D, NO_SYMBOL)
         self.cell = (
             ChildSumCell(D, H) if config.kind == "childsum" else NaryCell(D, H, config.children)
         )
         self.output = nn.Linear(H, config.labels)
         self.dropout = nn.Dropout(config.dropout)
-        with torch.no_grad():
-            self.embed.weight.mul_(EMBEDDING_SPREAD)
 
     def forward(self, forest: Forest) -> Tensor:
         """Unnormalised scores of the labels at every node, (N, labels), in the trees' order.

@@ -11,7 +11,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from seqkern.nn.cells import autocast_enabled
-from seqkern.ops.recurrent import has_prepacked_kernel, prepacked_op, recurrent, unobserved
+from seqkern.ops.choice import has_native_kernel
+from seqkern.ops.recurrent import prepacked_op, recurrent, unobserved
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -89,7 +90,8 @@ class _Recurrent(torch.nn.RNNBase):
             torch.ops.seqkern.recurrent_pack(weights[i * n : (i + 1) * n], self.mode, D)
             for i in range(self.num_layers)
         ]
-        is_direct = self.num_layers == 1 and has_prepacked_kernel(weights[0].device.type)
+        device = weights[0].device.type
+        is_direct = self.num_layers == 1 and has_native_kernel("recurrent_prepacked", device)
         self._packed = _Snapshot(layers, layers[0][0] if is_direct else None)
 
     def unpack(self) -> None:

@@ -97,7 +97,6 @@ def check_additive_backward(
     o: Tensor,
     lse: Tensor,
     query: Tensor,
-    key: Tensor,
     value: Tensor,
 ) -> None:
     """What the backward takes besides the forward's arguments.

@@ -33,7 +33,6 @@ from seqkern.ops._checks import (
 )
 from seqkern.ops._derivatives import exporting, only_plain_operations, takes_graph
 from seqkern.ops._recurrent_autograd import register, training
-from seqkern.ops.choice import has_native_kernel
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
 
@@ -292,11 +291,6 @@ def unobserved() -> bool:
         or _len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
     )
-
-
-def has_prepacked_kernel(device: str) -> bool:
-    """Whether `prepacked_op` serves inference on this type of device."""
-    return has_native_kernel("recurrent_prepacked", device)
 
 
 def _recorded() -> Callable[..., tuple[Tensor, ...]]:

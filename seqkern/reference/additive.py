@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqkern.reference.attention import without_autocast
+from seqkern.reference.attention import without_autocast, zero_beyond
 
 # Elements of t that are in memory at once, unless a single query has more.
 _BLOCK_ELEMENTS = 2**20
@@ -63,7 +63,7 @@ def additive_attention(
         in fp32 (fp64 for fp64).
     """
     dtype, outputs, weights, lses = query.dtype, [], [], []
-    values = _zero_beyond(value, k_lens)
+    values = zero_beyond(value, k_lens)
     for block in _blocks(query, key, v, mask, bias, k_lens, scale):
         w, lse = _softmax(block.s)
         outputs.append((w @ values.to(w.dtype)).to(dtype))
@@ -106,7 +106,7 @@ def additive_attention_backward(
         dquery, dkey, dvalue, dv, dbias, each shaped like its input and in its dtype; (0,) where
         not wanted.
     """
-    values = _zero_beyond(value, k_lens)
+    values = zero_beyond(value, k_lens)
     dquery, dbias = [], []
     dkey = dvalue = dv = torch.zeros((), dtype=lse.dtype, device=lse.device)
     for rows, t, s, live in _blocks(query, key, v, mask, bias, k_lens, scale):
@@ -160,7 +160,7 @@ def _blocks(query, key, v, mask, bias, k_lens, scale) -> Iterator[Block]:
     B, Tq, D = query.shape
     Tk = key.size(1)
     dtype = query.dtype if query.dtype in (torch.float32, torch.float64) else torch.float32
-    key, v = _zero_beyond(key, k_lens).to(dtype), v.to(dtype)
+    key, v = zero_beyond(key, k_lens).to(dtype), v.to(dtype)
     size = max(1, _BLOCK_ELEMENTS // max(B * Tk * D, 1))
     # At least one, so that there is something of the right size to return.
     for first in range(0, max(Tq, 1), size):
@@ -199,14 +199,6 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     empty = total == 0
     total = total.masked_fill(empty, 1)
     return e / total, (top + total.log()).masked_fill(empty, -torch.inf).squeeze(-1)
-
-
-def _zero_beyond(t: Tensor, lens: Tensor | None) -> Tensor:
-    """t (B, T, D) with zeros from position lens[b] on."""
-    if lens is None:
-        return t
-    beyond = torch.arange(t.size(1), device=t.device) >= lens[:, None]
-    return t.masked_fill(beyond.unsqueeze(-1), 0)
 
 
 def _joined(dbias: list[Tensor], bias: Tensor) -> Tensor:

@@ -322,11 +322,11 @@ def with_alibi(q, k, bias, q_lens, k_lens, alibi_slopes, causal) -> Tensor | Non
 
 
 def zero_beyond(t: Tensor, lens: Tensor | None) -> Tensor:
-    """t (B, H, T, D) with zeros from position lens[b] on."""
+    """t (B, T, D) or (B, H, T, D) with zeros from position lens[b] on."""
     if lens is None:
         return t
-    beyond = torch.arange(t.size(2), device=t.device) >= lens[:, None]
-    return t.masked_fill(beyond[:, None, :, None], 0)
+    beyond = (torch.arange(t.size(-2), device=t.device) >= lens[:, None]).unsqueeze(-1)
+    return t.masked_fill(beyond if t.dim() == 3 else beyond.unsqueeze(1), 0)
 
 
 def _sum_groups(t: Tensor, heads: int) -> Tensor:

