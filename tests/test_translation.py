@@ -71,7 +71,7 @@ def test_losses_in_bfloat16(words, name):
         job = job_of(name, words, layers)
         job.model.to(dtype)
         options = TrainOptions(steps=8, batch_size=16, lr=3e-3, warmup=4, precision=precision)
-        return torch.tensor([loss for loss, _ in Trainer(job, options).train(8)]).to(dtype)
+        return torch.tensor([loss for loss, _ in Trainer(job, options).train(8)], dtype=dtype)
 
     exact = {"losses": losses("torch", "float32", torch.float64)}
     runs = [{"losses": losses("torch").bfloat16()}]
