@@ -190,10 +190,12 @@ def losses(model, score, steps=50):
 
 
 def assert_losses_agree(make_one, score):
-    ours, theirs = (losses(make_one(layers), score) for layers in ("seqkern", "torch"))
+    """In float64 all of them; in float32 the first, since training grows what rounding begins."""
+    ours, theirs = (losses(make_one(layers).double(), score) for layers in ("seqkern", "torch"))
     assert theirs[-1] < 0.95 * theirs[0]
-    torch.testing.assert_close(ours[:3], theirs[:3], rtol=1e-5, atol=0)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    ours, theirs = (losses(make_one(layers), score, 3) for layers in ("seqkern", "torch"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
 @EVERY
