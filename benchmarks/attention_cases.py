@@ -18,7 +18,7 @@ from benchmarks.device import l2_bytes
 OURS, EAGER = "seqkern", "eager"
 # FlexAttention compiles anew for every shape, which takes more than all the timing: it enters
 # where all others are, at one length a kind.
-FLEX_LENGTHS = {"plain": 4096, "padded": 2048, "bias": 1024}
+FLEX_LENGTHS = {"plain": 4096, "padded": 2048, "bias": 1024, "decode": 2048}
 BACKENDS = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa flash": SDPBackend.FLASH_ATTENTION,

@@ -3,6 +3,7 @@ the same problem, and a decoder's caches do not stay in the L2 cache."""
 
 import json
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def test_flex_skips_the_queries_of_padding_too(causal: bool, monkeypatch) -> Non
     n = torch.tensor(p.case.lengths)[:, None, None]
     expected = (i < n) & (j < n) & ((i >= j) | (not causal))
     assert torch.equal(asked[0](b, 0, i, j), expected)
+
+
+def test_flex_enters_each_kind_of_case() -> None:
+    entered = {c.kind for c in cases.gpu_cases() if cases.FLEX_LENGTHS.get(c.kind) == c.T}
+    assert entered == {"plain", "padded", "bias", "decode"}
+
+
+def test_flex_decodes_what_the_lengths_leave(monkeypatch) -> None:
+    # Not compiled it computes the whole matrix of scores, and says so.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    p = cases.make_problem(Case("decode", 2, 4, 2, 128, 32, dtype="float32"), "cpu")
+    p.lens = torch.tensor([100, 7], dtype=torch.int32)
+    p.mask = (torch.arange(128) < p.lens[:, None])[:, None, None, :]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        o = cases.flex(p)()
+    torch.testing.assert_close(o, cases.exact(p))
+    torch.testing.assert_close(o, cases.ours(p))
 
 
 def test_decoding_goes_round_more_caches_than_the_l2_cache_holds(monkeypatch) -> None:
