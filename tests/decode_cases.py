@@ -1,12 +1,14 @@
 """Calls of attention over a cache, and what they must give."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqkern.ops.decode import attention_decode
 from seqkern.reference import attention as full
 from seqkern.testing import assert_within_budget, neighbours
 
@@ -169,3 +171,44 @@ def check(case: Case, actual: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Te
     lses = [{"lse": r[1].masked_fill(exact[1] == -math.inf, 0)} for r in runs]
     kind = torch.promote_types(dtype, torch.float32)
     assert_within_budget({"lse": finite[0]}, {"lse": finite[1]}, lses, kind)
+
+
+def raw(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The ops that a call runs, in float32, with arguments for opcheck."""
+    ops, calls = torch.ops.seqkern, []
+    q, k, v = draw(case, torch.float32)
+    arguments = in_cache(case, k, v)
+    caches, lens = (arguments["k_cache"], arguments["v_cache"]), arguments["k_lens"]
+    table = arguments.get("block_table")
+    if case.new:
+        new = arguments["k_new"], arguments["v_new"]
+        # opcheck compares the caches it changed, which NaN would make unequal.
+        filled = map(Tensor.nan_to_num, (*caches, *new))
+        calls.append((ops.cache_append.default, (*filled, lens, table)))
+        ops.cache_append(*caches, *new, lens, table)
+    args = q, *caches, lens + case.new, table, *rule(case, case.D), 0
+    return [*calls, (ops.attention_decode.default, args)]
+
+
+def step(q, k_cache, v_cache, k_lens, k_new, v_new, block_table) -> tuple[Tensor, ...]:
+    """One of a generation, with something to compute on either side of it."""
+    tensors = {"k_lens": k_lens, "k_new": k_new, "v_new": v_new, "block_table": block_table}
+    o, lse = attention_decode(q, k_cache, v_cache, **tensors, window=(6, 0), return_lse=True)
+    return o + 1, lse, k_lens + k_new.size(2)
+
+
+def generate(run: Callable[..., tuple[Tensor, ...]], page: int, device: str) -> list[Tensor]:
+    """What three runs of `step` give, then the caches and the lengths."""
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    caches = torch.zeros((2, 6, 2, 4, 8) if page else (2, 2, 2, 12, 8), device=device)
+    table = torch.arange(6, dtype=torch.int32, device=device).view(2, 3) if page else None
+    lens, outputs = torch.tensor([0, 2], dtype=torch.int32, device=device), []
+    for Tn in (3, 2, 2):
+        q, (k, v) = drawn(2, 4, Tn, 8), drawn(2, 2, 2, Tn, 8)
+        *out, lens = run(q, *caches, lens, k, v, table)
+        outputs += out
+    return [*outputs, caches, lens]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import seqkern
+from tests.cuda_graph import capture
 
 pytestmark = pytest.mark.gpu
 
@@ -47,14 +48,7 @@ def test_cuda_graph(Tq: int) -> None:
         o = seqkern.additive_attention(*inputs, k_lens=lens)
         return [o.detach(), *torch.autograd.grad(o, inputs, do)]
 
-    step()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for new in ([200, 70], [1, 0], [150, 200]):
         lens.copy_(torch.tensor(new, dtype=torch.int32))
         graph.replay()

@@ -1,12 +1,67 @@
-"""The attention kernels on a GPU: what only fits there."""
+"""The attention kernels on a GPU: the interpreter's cases with the tiles of the tables, and what
+only fits there."""
 
 import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="the kernels are Triton's")
+
 import seqkern
+from tests.attention_cases import (
+    DESCRIPTORS,
+    FEATURES,
+    SIZES,
+    Case,
+    assert_right,
+    bf16,
+    computed,
+    fp16,
+    fp32,
+    name_of,
+)
+from tests.cuda_graph import capture
+from tests.offline.memory import poisoned_memory
 
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+def large(D: int, dtype: torch.dtype = bf16, **features) -> Case:
+    return Case(B=1, H=2, Hkv=1, Tq=300, Tk=500, D=D, Dv=D, dtype=dtype, **features)
+
+
+# Several tiles of every kernel in both directions, at the head sizes of the tables.
+LARGE = [
+    large(32, causal="top_left"),
+    large(64, causal="bottom_right"),
+    large(128, fp16, causal="bottom_right", sinks=True),
+    large(256, window=(150, 40)),
+    large(512, causal="bottom_right"),
+    large(64, fp32, window=(200, 10)),
+    large(128, fp32, causal="bottom_right"),
+    large(256, fp32, alibi="h"),
+    large(128, mask=(1, 1, 300, 500), dropout_p=0.2),
+    large(64, fp16, mask=(1, 2, 300, 500), bias=(1, 1, 300, 500)),
+    large(128, bias=(1, 2, 300, 500), softcap=5.0),
+    Case(3, 4, 2, 300, 500, 128, 128, bf16, ((300, 129, 1), (131, 500, 257))),
+    Case(
+        *(4, 4, 2, 257, 400, 128, 64, bf16, ((257, 0, 130, 3), (129, 64, 400, 0))),
+        packed=True,
+        causal="bottom_right",
+        alibi="h",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", [*SIZES, *FEATURES, *DESCRIPTORS, *LARGE], ids=name_of)
+def test_values(case: Case) -> None:
+    """Fresh memory holds NaN, and so does what a kernel has no business to read."""
+    t, ops = case.tensors(), torch.ops.seqkern
+    there = {name: None if x is None else x.to(DEVICE) for name, x in t.items()}
+    with poisoned_memory():
+        results = computed(ops.attention, ops.attention_backward, there, case)
+    assert_right(case, t, {name: x.cpu() for name, x in results.items()})
 
 
 def inputs_of(B: int, H: int, Hkv: int, T: int, D: int, dtype=torch.bfloat16) -> list[Tensor]:
@@ -32,8 +87,6 @@ def test_compile(backend: str) -> None:
     torch.testing.assert_close(grads, expected)
 
 
-# PyTorch says so at every change of the mode.
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.3, "dropout_seed": 5}])
 def test_cuda_graph(dropout: dict) -> None:
     """Lengths are read on the device: a captured graph follows them, and nothing synchronises."""
@@ -45,18 +98,7 @@ def test_cuda_graph(dropout: dict) -> None:
         o = seqkern.attention(q, k, v, k_lens=lens, causal="bottom_right", **dropout)
         return [o.detach(), *torch.autograd.grad(o, (q, k, v), do)]
 
-    step()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        with torch.cuda.graph(graph):
-            captured = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph, captured = capture(step)
     for new in ([33, 200], [1, 0]):
         lens.copy_(torch.tensor(new, dtype=torch.int32))
         graph.replay()

@@ -6,11 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from seqkern.ops.decode import attention_decode
 from seqkern.reference import decode as reference
-from tests.decode_cases import CASES, NOTHING, SINKS, Case, check, draw, in_cache, oracle, rule
+from tests.decode_cases import (
+    CASES,
+    NOTHING,
+    SINKS,
+    Case,
+    check,
+    draw,
+    generate,
+    in_cache,
+    oracle,
+    raw,
+    rule,
+    step,
+)
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize(
@@ -163,44 +175,16 @@ def test_lens_of_either_width_stay_unchanged() -> None:
 
 @pytest.mark.parametrize("name", ["lens", "Tq3-append", "everything", "Dv", "full"])
 def test_opcheck(name: str) -> None:
-    case = named(name)
-    q, k, v = draw(case, torch.float32)
-    arguments = in_cache(case, k, v)
-    caches, lens = (arguments["k_cache"], arguments["v_cache"]), arguments["k_lens"]
-    table = arguments.get("block_table")
-    if case.new:
-        new = arguments["k_new"], arguments["v_new"]
-        # opcheck compares the caches it changed, which NaN would make unequal.
-        op = torch.ops.seqkern.cache_append.default
-        torch.library.opcheck(op, (*map(Tensor.nan_to_num, (*caches, *new)), lens, table))
-        op(*caches, *new, lens, table)
-    args = q, *caches, lens + case.new, table, *rule(case, case.D), 0
-    torch.library.opcheck(torch.ops.seqkern.attention_decode.default, args)
+    for op, args in raw(named(name)):
+        torch.library.opcheck(op, args)
 
 
 @pytest.mark.parametrize("page", [0, 4])
 def test_compile(page: int) -> None:
     """One graph for all steps of a generation, the writes into the cache included."""
-
-    def step(q, k_cache, v_cache, k_lens, k_new, v_new, block_table):
-        tensors = {"k_lens": k_lens, "k_new": k_new, "v_new": v_new, "block_table": block_table}
-        o, lse = attention_decode(q, k_cache, v_cache, **tensors, window=(6, 0), return_lse=True)
-        return o + 1, lse, k_lens + k_new.size(2)
-
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    results = []
-    for run in (step, compiled):
-        generator = torch.Generator().manual_seed(3)
-        caches = torch.zeros(2, 6, 2, 4, 8) if page else torch.zeros(2, 2, 2, 12, 8)
-        table = torch.arange(6, dtype=torch.int32).view(2, 3) if page else None
-        lens, outputs = torch.tensor([0, 2], dtype=torch.int32), []
-        for Tn in (3, 2, 2):
-            q = torch.randn(2, 4, Tn, 8, generator=generator)
-            k, v = torch.randn(2, 2, 2, Tn, 8, generator=generator)
-            *out, lens = run(q, *caches, lens, k, v, table)
-            outputs += out
-        results.append([*outputs, caches, lens])
+    results = [generate(run, page, "cpu") for run in (step, compiled)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert results[0][-1].tolist() == [7, 9]
 
