@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +22,7 @@ from seqkern.kernels.attention_live import live_tiles
 from seqkern.kernels.attention_table import Config
 
 from seqkern.reference import packed as packing
+from seqkern.reference.attention import live_elements
 from tests.attention_cases import (
     DESCRIBED,
     DESCRIPTORS,
@@ -39,6 +41,7 @@ from tests.attention_cases import (
     name_of,
     packed,
 )
+from tests.offline import builder
 from tests.offline.interpreter import interpreted, poisoned_memory
 
 ORDER = (
@@ -240,3 +243,36 @@ def test_tiles_that_the_mask_leaves_out_are_not_read() -> None:
     assert lists is not None
     assert lists.ptr[0, 0].tolist()[0][:4] == [3, 0, 2, 3]
     assert lists.ptr[1, 1, :, 0].tolist() == [0, 3]
+
+
+SKIPPING = [
+    Case(causal="top_left"),
+    Case(causal="bottom_right"),
+    Case(window=(20, 5)),
+    Case(window=(0, -1), lens=LENS),
+    Case(lens=LENS),
+    packed(causal="bottom_right", window=(9, -1)),
+]
+
+
+@pytest.mark.parametrize("case", SKIPPING, ids=name_of)
+def test_tiles_without_anything_alive_are_not_computed(case: Case, monkeypatch) -> None:
+    """By the number of products: two a tile in the forward, three in dQ, four in dK and dV."""
+    case = replace(case, H=2, Hkv=1, D=8, Dv=8, config=Config(32, 32))
+    right, products = builder.Builder.create_dot, []
+
+    def counted(*args: Any) -> Any:
+        products.append(args)
+        return right(*args)
+
+    monkeypatch.setattr(builder.Builder, "create_dot", counted)
+    by_kernels(case.tensors(), case)
+    q, k = (torch.empty(case.B, case.H, T, 0) for T in (case.Tq, case.Tk))
+    lens = [None, None] if case.lens is None else [torch.tensor(n) for n in case.lens]
+    live = live_elements(q, k, None, *lens, case.causal, *case.window)
+    assert live is not None
+    live = live.expand(case.B, case.H, case.Tq, case.Tk)
+    live = F.pad(live, (0, -case.Tk % 32, 0, -case.Tq % 32))
+    tiles = live.unflatten(3, (-1, 32)).unflatten(2, (-1, 32)).any(5).any(3)
+    assert len(products) == 9 * tiles.sum().item()
+    assert not tiles.all()
