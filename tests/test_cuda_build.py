@@ -6,12 +6,15 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 
 import pytest
 import torch
 
 from tests.simt import assembled, emulator
+from tests.test_gpu_sanitizer import SIZES
 from tests.test_packaging import load_setup
+from tests.test_recurrent_gpu import HIDDEN
 
 binaries = pytest.importorskip("tests.offline.binaries", reason="nvdisasm comes with Triton")
 CUDA_HOME = load_setup().find_cuda_home()
@@ -186,6 +189,25 @@ def test_largest_layer_of_blocks_that_share_it(mode, dtype):
         grid = min(reached["grid", False], reached["grid", True])
         found = (reached.get(("cluster", False), 0), reached.get(("cluster", True), 0), grid)
         assert found == tuple(of[i] for of in LARGEST_SHARED[mode, dtype]), arch
+
+
+@pytest.mark.parametrize("products", ["bfloat16", "float32", "tf32"])
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN"])
+def test_the_sizes_tried_on_a_gpu_take_every_skeleton(mode, products):
+    """In the forward and in the backward, on a card like the H200."""
+    card = (SHARED["sm_90a"], *CARD["sm_90a"])
+    of = {"RNN": "RNN_TANH"}.get(mode, mode), getattr(torch, products, products)
+
+    def taken(sizes: Iterable[int]) -> list[set[str]]:
+        """By the forwards and by the backwards of those that have both."""
+        passes = (
+            [emulator.plans(*of, h, backward, card) for backward in (False, True)] for h in sizes
+        )
+        first = [[found[0].skeleton for found in both] for both in passes if all(both)]
+        return [set(of_pass) for of_pass in zip(*first)]
+
+    assert taken(HIDDEN) == [{"block", "cluster", "grid"}] * 2
+    assert taken(SIZES[mode][products]) == [{"cluster", "grid"}] * 2
 
 
 def test_the_order_of_the_skeletons():

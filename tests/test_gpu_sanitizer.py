@@ -15,23 +15,64 @@ q = torch.randn(2, 4, 97, 40, device="cuda", dtype=torch.bfloat16, requires_grad
 lens = torch.tensor([97, 13], device="cuda", dtype=torch.int32)
 bias = torch.randn(1, 4, 1, 97, device="cuda", requires_grad=True)
 seqkern.attention(q, q, q, k_lens=lens, bias=bias, causal="top_left").sum().backward()
+mask = torch.rand(2, 1, 97, 97, device="cuda") > 0.5
+seqkern.attention(q, q, q, mask=mask, dropout_p=0.2).sum().backward()
+x = torch.randn(150, 4, 40, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+ends = torch.tensor([0, 97, 97, 150], device="cuda", dtype=torch.int32)
+seqkern.attention_varlen(x, x, x, ends, ends, 97, 97, causal="bottom_right").sum().backward()
+torch.cuda.synchronize()
+"""
+DECODE = """
+import torch, seqkern
+q = torch.randn(3, 8, 3, 40, device="cuda", dtype=torch.bfloat16)
+new = torch.randn(2, 3, 2, 3, 40, device="cuda", dtype=torch.bfloat16)
+lens = torch.tensor([0, 37, 93], device="cuda", dtype=torch.int32)
+for page in (0, 16):
+    shape = (18, 2, page, 40) if page else (3, 2, 96, 40)
+    caches = torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(18, device="cuda").view(3, 6).int() if page else None
+    for splits in (1, 3):
+        given = {"k_lens": lens, "k_new": new[0], "v_new": new[1], "block_table": table}
+        seqkern.attention_decode(q, *caches, **given, splits=splits)
+torch.cuda.synchronize()
+"""
+ADDITIVE = """
+import torch, seqkern
+lens = torch.tensor([97, 13], device="cuda", dtype=torch.int32)
 for Tq in (1, 33):
     x = torch.randn(2, Tq, 40, device="cuda", requires_grad=True)
     y = torch.randn(2, 97, 40, device="cuda", requires_grad=True)
     v = torch.randn(40, device="cuda", requires_grad=True)
     seqkern.additive_attention(x, y, y, v, k_lens=lens).sum().backward()
+torch.cuda.synchronize()
 """
+# H 17 is one block's, 24 is made to run step by step.
 RECURRENT = """
 import torch, seqkern
+from torch.nn.utils.rnn import pack_padded_sequence
 from seqkern.ops import _recurrent_block as block
 room = block.room
-for dtype in (torch.bfloat16, torch.float32):
-    for H in (17, 300, 500, 24):
-        block.room = room if H != 24 else lambda *of: ""  # the last one step by step
-        layer = seqkern.nn.LSTM(8, H, bidirectional=True).to("cuda", dtype)
-        x = torch.randn(3, 9, 8, device="cuda", dtype=dtype, requires_grad=True)
+for products, hidden in {sizes}.items():
+    torch.backends.cudnn.allow_tf32 = products == "tf32"
+    dtype = torch.bfloat16 if products == "bfloat16" else torch.float32
+    for H in (17, *hidden, 24):
+        block.room = room if H != 24 else lambda *of: ""
+        layer = seqkern.nn.{mode}(8, H, bidirectional=True).to("cuda", dtype)
+        x = torch.randn(4, 3, 8, device="cuda", dtype=dtype, requires_grad=True)
         layer(x)[0].sum().backward()
+        layer(pack_padded_sequence(x, [4, 2, 1]))[0].data.sum().backward()
+torch.cuda.synchronize()
 """
+# Of each product, the sizes whose blocks are a cluster and a grid on a card like the H200, in the
+# forward and in the backward. test_cuda_build.py holds them to it.
+SIZES = {
+    "LSTM": {"bfloat16": (280, 1000), "float32": (280, 500), "tf32": (280, 600)},
+    "GRU": {"bfloat16": (280, 1000), "float32": (280, 500), "tf32": (280, 600)},
+    "RNN": {"bfloat16": (280, 2056), "float32": (280, 1000), "tf32": (280, 2056)},
+}
+# Under three tools these are as many programs as benchmarks/gpu.sh runs at once.
+PROGRAMS = {"attention": ATTENTION + DECODE + ADDITIVE}
+PROGRAMS |= {mode: RECURRENT.format(mode=mode, sizes=sizes) for mode, sizes in SIZES.items()}
 
 
 def sanitizer() -> str | None:
@@ -56,7 +97,7 @@ def sanitized(command: str, tool: str, program: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("program", [ATTENTION, RECURRENT], ids=["attention", "recurrent"])
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS.keys())
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool: str, program: str) -> None:
     command = sanitizer()
