@@ -268,8 +268,8 @@ def test_tiles_without_anything_alive_are_not_computed(case: Case, monkeypatch) 
     monkeypatch.setattr(builder.Builder, "create_dot", counted)
     by_kernels(case.tensors(), case)
     q, k = (torch.empty(case.B, case.H, T, 0) for T in (case.Tq, case.Tk))
-    lens = [None, None] if case.lens is None else [torch.tensor(n) for n in case.lens]
-    live = live_elements(q, k, None, *lens, case.causal, *case.window)
+    q_lens, k_lens = (None, None) if case.lens is None else map(torch.tensor, case.lens)
+    live = live_elements(q, k, None, q_lens, k_lens, case.causal, *case.window)
     assert live is not None
     live = live.expand(case.B, case.H, case.Tq, case.Tk)
     live = F.pad(live, (0, -case.Tk % 32, 0, -case.Tq % 32))

@@ -82,22 +82,21 @@ def test_nothing_to_attend_to(case: Case, splits: int | None) -> None:
 def test_cuda_graph(page: int, splits: int | None) -> None:
     """Captured once, a graph serves a cache that grows, and nothing synchronises."""
     B, H, Hkv, D, places = 3, 8, 2, 64, 320
-    shape, table = (B, Hkv, places, D), None
-    if page:
-        shape = (B * places // page, Hkv, page, D)
-        table = torch.randperm(shape[0], device=DEVICE).view(B, -1).to(torch.int32)
+    pages = B * places // page if page else 0
+    shape = (pages, Hkv, page, D) if page else (B, Hkv, places, D)
+    table = torch.randperm(pages, device=DEVICE).view(B, -1).to(torch.int32) if page else None
     caches = torch.randn(2, *shape, device=DEVICE, dtype=torch.bfloat16)
     q = torch.randn(B, H, 1, D, device=DEVICE, dtype=torch.bfloat16)
     k, v = torch.randn(2, B, Hkv, 1, D, device=DEVICE, dtype=torch.bfloat16)
-    tensors = {"k_lens": torch.zeros(B, dtype=torch.int32, device=DEVICE), "block_table": table}
+    held = torch.zeros(B, dtype=torch.int32, device=DEVICE)
 
-    def decode() -> tuple[Tensor, Tensor]:
-        new = {"k_new": k, "v_new": v}
-        return attention_decode(q, *caches, **tensors, **new, return_lse=True, splits=splits)
+    def decode() -> list[Tensor]:
+        tensors: dict[str, Any] = {"k_lens": held, "k_new": k, "v_new": v, "block_table": table}
+        return [*attention_decode(q, *caches, **tensors, return_lse=True, splits=splits)]
 
     graph, captured = capture(decode)
     for lens in ([5, 0, 319], [250, 17, 130]):
-        tensors["k_lens"].copy_(torch.tensor(lens, dtype=torch.int32))
+        held.copy_(torch.tensor(lens, dtype=torch.int32))
         before = caches.clone()
         graph.replay()
         replayed = [*captured, caches.clone()]
