@@ -14,11 +14,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .additive_arguments import Arguments, view
-from .additive_rows import block_of_keys, denominator, row_sums
+from .additive_rows import block_of_keys, row_sums
 from .additive_table import Config
 from .additive_tile import Vector, load_block, reciprocal
 from .decode_arguments import power_of_2
-from .tile import LOG2E, Limits, View, add_and_exclude, bounds, load_plane
+from .tile import (
+    LOG2E,
+    Limits,
+    View,
+    add_and_exclude,
+    bounds,
+    exp_minus_2,
+    load_plane,
+    tanh_of_size,
+)
 
 
 @triton.jit(do_not_specialize=["scale", "max_q", "max_k", "n_tiles"])
@@ -42,7 +51,7 @@ def row_gradient_kernel(
     k = View(k.ptr + wide * k.b, 0, 0, k.t, k.d)
     value = View(value.ptr + wide * value.b, 0, 0, value.t, value.d)
     s = row_sums(query, q, k, v, j0, k_len, D, BLOCK_N, BLOCK_C, PTX, I64)
-    s = s * (-2.0 * LOG2E * scale)
+    s = s * (LOG2E * scale)
     s = add_and_exclude(s, b * 0, j, b, b * 0, limits, None, bias, mask, True, I64)
     p = tl.exp2(s - tl.load(lse2 + b))
     sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
@@ -66,11 +75,13 @@ def row_gradient_kernel(
         d = c + tl.arange(0, BLOCK_C)
         x = tl.load(query + d.to(tl.int64) * q.d, mask=d < D, other=0.0).to(tl.float32)
         y = load_block(k, j0, k_len, c, D, BLOCK_N, BLOCK_C, I64)
-        r = reciprocal(denominator(x, y), PTX)
-        # 1 - tanh^2 = 4 r (1 - r) and tanh = -2 (r - 1/2); nothing of what is excluded.
+        x = x[None, :] + y.to(tl.float32)
+        e = exp_minus_2(x)
+        r = reciprocal(1.0 + e, PTX)
+        # 1 - tanh^2 = 4 e r^2 and |tanh| = (1 - e) r; nothing of what is excluded.
         factor = 4.0 * scale * tl.load(v.ptr + d * v.t, mask=d < D, other=0.0).to(tl.float32)
-        slope = tl.where(ds == 0, 0.0, ds * (r - r * r)) * factor[None, :]
-        sign = tl.where(ds == 0, 0.0, ds * (r - 0.5)) * (-2.0 * scale)
+        slope = tl.where(ds == 0, 0.0, ds * (e * r * r)) * factor[None, :]
+        sign = tl.where(ds == 0, 0.0, ds * tanh_of_size(x, (1.0 - e) * r, True)) * scale
         if dkey is not None:
             ptrs = dkey + (wide * max_k + j)[:, None] * D + d[None, :]
             inside = (j < max_k)[:, None] & (d < D)[None, :]

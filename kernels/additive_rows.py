@@ -21,15 +21,22 @@ from .additive_table import Config
 from .additive_tile import Vector, load_block, reciprocal
 from .attention_decode import combine_kernel
 from .decode_arguments import choose_splits, power_of_2, slots
-from .tile import LOG2E, Limits, View, add_and_exclude, bounds, log_sum_exp
+from .tile import (
+    LOG2E,
+    Limits,
+    View,
+    add_and_exclude,
+    bounds,
+    exp_minus_2,
+    log_sum_exp,
+    tanh_of_size,
+)
 
 # Queries of a sequence up to which one program each costs no more than tiles of 16 rows.
 MOST_QUERIES = 4
 # Of values, which a program holds in its registers for several keys at a time.
 MOST_VALUES = 1024
 ELEMENTS = 8192
-# The largest exponent in base 2 of which the square of the power is finite: tanh is 1 from 30 on.
-LARGEST = tl.constexpr(60.0)
 
 
 def few(call: Arguments) -> bool:
@@ -43,29 +50,28 @@ def block_of_keys(width: int) -> int:
 
 
 @triton.jit
-def denominator(x, y):
-    """1 + e^2(x + y) for the sums of a row and rows, at most 2^LARGEST; NaN stays."""
-    z = (x[None, :] + y.to(tl.float32)) * (2.0 * LOG2E)
-    return tl.exp2(tl.minimum(z, LARGEST, propagate_nan=tl.PropagateNan.ALL)) + 1.0
-
-
-@triton.jit
 def row_sums(
     query, q, k, v, j0, k_len, D, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PTX: tl.constexpr,
     I64: tl.constexpr,
 ):  # fmt: skip
-    """sum_d v_d tanh(q_d + k_jd) / -2 of one query, at `query`, and BLOCK_N keys from j0."""
+    """sum_d v_d tanh(q_d + k_jd) of one query, at `query`, and BLOCK_N keys from j0."""
     sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for c in tl.range(0, D, 2 * BLOCK_C):
         d = c + tl.arange(0, BLOCK_C)
         e = d + BLOCK_C
         x = tl.load(query + d.to(tl.int64) * q.d, mask=d < D, other=0.0).to(tl.float32)
-        first = denominator(x, load_block(k, j0, k_len, c, D, BLOCK_N, BLOCK_C, I64))
+        first = load_block(k, j0, k_len, c, D, BLOCK_N, BLOCK_C, I64).to(tl.float32) + x[None, :]
         x = tl.load(query + e.to(tl.int64) * q.d, mask=e < D, other=0.0).to(tl.float32)
-        second = denominator(x, load_block(k, j0, k_len, c + BLOCK_C, D, BLOCK_N, BLOCK_C, I64))
+        y = load_block(k, j0, k_len, c + BLOCK_C, D, BLOCK_N, BLOCK_C, I64)
+        second = y.to(tl.float32) + x[None, :]
+        a = exp_minus_2(first)
+        b = exp_minus_2(second)
+        # One reciprocal for both: (1 - a) / (1 + a) = (1 - a) (1 + b) r.
+        r = reciprocal((1.0 + a) * (1.0 + b), PTX)
         v1 = tl.load(v.ptr + d * v.t, mask=d < D, other=0.0).to(tl.float32)[None, :]
         v2 = tl.load(v.ptr + e * v.t, mask=e < D, other=0.0).to(tl.float32)[None, :]
-        sums += (second * v1 + first * v2) * reciprocal(first * second, PTX) - 0.5 * (v1 + v2)
+        sums += v1 * tanh_of_size(first, (1.0 - a) * ((1.0 + b) * r), True)
+        sums += v2 * tanh_of_size(second, (1.0 - b) * ((1.0 + a) * r), True)
     return tl.sum(sums, 1)
 
 
@@ -100,7 +106,7 @@ def row_kernel(
         j0 = n * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         s = row_sums(query, q, k, v, j0, k_len, D, BLOCK_N, BLOCK_C, PTX, I64)
-        s = s * (-2.0 * LOG2E * scale)
+        s = s * (LOG2E * scale)
         s = add_and_exclude(s, i, j, b, b * 0, limits, None, bias, mask, True, I64)
         if raw is not None:
             tl.store(raw + row.to(tl.int64) * max_k + j, s, mask=j < k_len)
@@ -149,8 +155,8 @@ def attend_rows(
         raw=raw,
         splits=splits,
         BLOCK_N=block_n,
-        # Half of a row, so that a row of one block is two parts of it.
-        BLOCK_C=min(64, max(16, power_of_2(call.D) // 2)),
+        # Half of a row, so that a row of one block is two parts of it; more of 64 keys would spill.
+        BLOCK_C=min(64, 2048 // block_n, max(16, power_of_2(call.D) // 2)),
         BLOCK_DV=block_dv,
         SPLIT=splits > 1,
         PTX=config.ptx,

@@ -3,11 +3,12 @@ and the products of score gradients with tanh's derivative.
 
 tanh(q + k) = 1 - 2 r with r = 1 / (1 + e^2q e^2k): the exponentials are taken once for each token,
 and an element of a tile costs one multiply-add and a reciprocal. A reciprocal of a product serves
-two elements, for 1/a = b / (ab). Where |q| + |k| may pass REACH the product of two such
-denominators could overflow, and the tile takes tanh of the sums themselves.
+two elements, for 1/a = b / (ab). A reciprocal r is taken relative to 1/2, its value at tanh = 0,
+so that sums of small terms stay small: v tanh = -2 v (r - 1/2).
 
-A reciprocal r is taken relative to 1/2, its value at tanh = 0, so that sums of small terms stay
-small: v tanh = -2 v (r - 1/2).
+Where |q| + |k| may pass REACH the product of two such denominators could overflow, and where it
+stays below NEAR the difference r - 1/2 has cancelled: there a tile takes tanh of the sums
+themselves, which costs it several times as much.
 """
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
@@ -23,6 +24,10 @@ from .tile import LOG2E, View, offsets, tanh
 # (1 + e^2x)^2 is finite in fp32 up to x = 22; the exponentials alone up to 43 either way.
 REACH = tl.constexpr(20.0)
 CLAMP = tl.constexpr(43.0)
+# From here on the error of r - 1/2 is within twice that of float32's own tanh; at 0.6 it was over.
+NEAR = tl.constexpr(1.0)
+# (1 + e^2x) v is finite up to there and REACH, and so is the sum of two.
+LARGEST_V = tl.constexpr(1e20)
 # Elements of a row that a loop takes at a time: rows of exponentials are padded to that.
 STEP = tl.constexpr(4)
 
@@ -38,7 +43,8 @@ class Tokens(NamedTuple):
     """What `tokens_kernel` made of queries or keys (B, T, D), padded to TP tokens and DP elements.
 
     turned: e^2x as (B, DP, TP), or x itself for tanh by hardware. plain: e^2x as (B, TP, DP), for
-    gradients alone. reach: the largest |x| of each token as (B, TP), inf where there is a NaN.
+    gradients alone. reach: the largest |x| of each token as (B, TP), inf where there is a NaN; of
+    queries also where v has an element beyond LARGEST_V, or a NaN.
     """
 
     turned: Any
@@ -142,7 +148,12 @@ def tokens_kernel(
         ptrs = rows[:, None] + d.to(tl.int64)[None, :] * x.d
         y = tl.load(ptrs, mask=exists, other=0.0).to(tl.float32)
         # A maximum may drop a NaN.
-        most = tl.maximum(most, tl.max(tl.where(y == y, tl.abs(y), float("inf")), 1))
+        ordinary = y == y
+        if v is not None:
+            e = tl.load(v.ptr + d * v.t, mask=d < D, other=0.0).to(tl.float32)
+            tl.store(padded + d, e, mask=(d < DP) & (pid == 0))
+            ordinary = ordinary & (tl.abs(e) <= LARGEST_V)[None, :]
+        most = tl.maximum(most, tl.max(tl.where(ordinary, tl.abs(y), float("inf")), 1))
         if not HARDWARE:
             y = tl.where(y == y, tl.minimum(tl.maximum(y, -CLAMP), CLAMP), y)
             y = exponential(y)
@@ -151,9 +162,6 @@ def tokens_kernel(
         tl.store(ptrs, y, mask=room)
         if plain is not None:
             tl.store(plain + (b * TP + t.to(tl.int64)[:, None]) * DP + d[None, :], y, mask=room)
-        if v is not None:
-            e = tl.load(v.ptr + d * v.t, mask=d < D, other=0.0).to(tl.float32)
-            tl.store(padded + d, e, mask=(d < DP) & (pid == 0))
     tl.store(reach + b * TP + t, most, mask=t < TP)
 
 
@@ -184,11 +192,12 @@ def side(x, z, tokens, b, length, D, DV):
 
 
 @triton.jit
-def far_apart(own, other, i0, j0, C: tl.constexpr):
-    """Whether exponentials of this tile may be too large for the product of two."""
+def far_or_near(own, other, i0, j0, C: tl.constexpr):
+    """Whether the sums of this tile may be too large, or are all too small, for exponentials."""
     i = tl.load(own.reach + i0 + tl.arange(0, C.BLOCK_M))
     j = tl.load(other.reach + j0 + tl.arange(0, C.BLOCK_N))
-    return tl.max(i, 0) + tl.max(j, 0) > REACH
+    most = tl.max(i, 0) + tl.max(j, 0)
+    return (most > REACH) | (most < NEAR)
 
 
 @triton.jit
@@ -227,7 +236,7 @@ def tile_sums(own, other, v, i0, j0, C: tl.constexpr):
                 x = tl.load(own.turned + d.to(tl.int64) * own.TP + i0 + m)[:, None]
                 y = tl.load(other.turned + d.to(tl.int64) * other.TP + j0 + n)[None, :]
                 s += tl.load(v + d) * tanh_ptx(x + y)
-    elif far_apart(own, other, i0, j0, C):
+    elif far_or_near(own, other, i0, j0, C):
         for d in tl.range(0, own.D):
             x = column(own.x, i0 + m, own.length, d, C.I64)[:, None]
             y = column(other.x, j0 + n, other.length, d, C.I64)[None, :]
@@ -279,7 +288,7 @@ def add_slopes(total, own, other, ds, i0, j0, c, C: tl.constexpr):
     d = c + tl.arange(0, BLOCK_E)
     count = tl.minimum(other.length - j0, C.BLOCK_N)
     signs = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    if far_apart(own, other, i0, j0, C):
+    if far_or_near(own, other, i0, j0, C):
         x = load_block(own.x, i0, own.length, c, own.D, BLOCK_M, BLOCK_E, C.I64).to(tl.float32)
         for n in tl.range(0, count):
             row = other.x.ptr + (j0 + n).to(tl.int64) * other.x.t + d.to(tl.int64) * other.x.d

@@ -90,16 +90,28 @@ class Span(NamedTuple):
 
 
 @triton.jit
-def tanh(x, PRECISE: tl.constexpr):
-    """tanh by exp2. PRECISE keeps the relative error near 0, where 1 - exp(-2x) cancels."""
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    y = (1.0 - e) / (1.0 + e)
+def exp_minus_2(x):
+    """exp(-2 |x|), which neither overflows nor loses a NaN."""
+    return tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+
+
+@triton.jit
+def tanh_of_size(x, y, PRECISE: tl.constexpr):
+    """tanh x from y, its size. PRECISE keeps the relative error near 0, where 1 - exp(-2x) cancels:
+    it takes the series."""
     y = tl.where(x < 0, -y, y)
     if PRECISE:
         z = x * x
         series = z * (-1.0 / 3 + z * (2.0 / 15 + z * (-17.0 / 315 + z * (62.0 / 2835))))
         y = tl.where(tl.abs(x) < 0.25, x + x * series, y)
     return y
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """tanh by exp2; PRECISE: see tanh_of_size."""
+    e = exp_minus_2(x)
+    return tanh_of_size(x, (1.0 - e) / (1.0 + e), PRECISE)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ Fresh memory holds NaN, and so does everything that a kernel has no business to 
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import triton
 from seqkern.kernels import additive_attention as kernels
 from seqkern.kernels import additive_tile
 from seqkern.kernels.additive_arguments import Arguments, check, tokens_of
+from seqkern.kernels.additive_rows import attend_rows
 from seqkern.kernels.additive_table import Config
 
 from seqkern.ops import _additive_ops as ops
@@ -43,7 +45,7 @@ GRADIENTS = "dquery", "dkey", "dvalue", "dv", "dbias"
 class Case:
     """Sizes and features of one call; mask and bias are given by their shapes.
 
-    far: how many times the usual size queries and keys have.
+    far: how many times the usual size queries and keys have. large: how many times v has.
     """
 
     B: int = 2
@@ -60,6 +62,7 @@ class Case:
     weights: bool = False
     dlse: bool = True
     far: float = 1.0
+    large: float = 1.0
     splits: int = 1
     config: Config = LARGE
 
@@ -71,6 +74,7 @@ class Case:
         made: dict[str, Any] = {n: torch.randn(shape).to(self.dtype) for n, shape in shapes.items()}
         for name in ("query", "key"):
             made[name] *= self.far
+        made["v"] *= self.large
         made["dweights"] = torch.randn(B, Tq, Tk).to(self.dtype) if self.weights else None
         made["dlse"] = torch.randn(B, Tq) if self.dlse else None
         made["mask"] = torch.rand(self.mask) > 0.4 if self.mask else None
@@ -196,6 +200,13 @@ FAR = [
     Case(far=9.0, lens=LENS),
     Case(far=60.0, dtype=bf16),
     Case(Tq=2, far=60.0),
+    # So near to 0 that tanh as a difference from 1 has cancelled.
+    Case(far=1e-3, lens=LENS),
+    Case(far=1e-30, config=dataclasses.replace(LARGE, tanh="single")),
+    Case(Tq=1, far=1e-3, D=40),
+    # Which no exponential may be multiplied by.
+    Case(far=3.0, large=1e30, scale=1e-30),
+    Case(Tq=1, D=40, far=4.0, large=1e30, scale=1e-30),
 ]
 
 
@@ -232,7 +243,8 @@ def test_every_case_of_the_op(case: OpCase, dtype: torch.dtype) -> None:
         given = do, dw[0] if weighted else None, dlse.float(), o, lse
         derived = kernels.additive_attention_backward(*given, *derivative[5:], config=LARGE)
     derived = [d for d, t in zip(derived, (*args[:4], args[5])) if t is not None]
-    assert_matches_reference(case, named(results, derived), inputs, grads, dtype)
+    # With five keys, 4 runs of the reference find but half of the error that 8 or more find.
+    assert_matches_reference(case, named(results, derived), inputs, grads, dtype, count=12)
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
@@ -427,9 +439,26 @@ def test_error_of_one_tanh(tanh: str) -> None:
         assert (lse - exact).abs().max() < 4 * torch.finfo(fp32).eps
 
 
-@pytest.mark.parametrize("tanh", ["shared", "single"])
+def test_error_of_one_tanh_of_few_queries() -> None:
+    """The same of the kernel for up to four of them; near 0 within 4 roundings of tanh itself."""
+    query, one = torch.tensor([-9.9, -0.1, 0.0, 3.0]).view(1, -1, 1), torch.ones(1, 1, 1)
+    key = torch.cat([torch.linspace(-30, 30, 100), torch.logspace(-30, 0, 30)]).view(1, -1, 1)
+    call = check("op", query, key, key, one[0, 0], None, None, None, 1.0)
+    scores = torch.empty(4, 130)
+    with interpreted():
+        attend_rows(call, torch.empty(1, 4, 1), torch.empty(1, 4), scores, LARGE, 1)
+    exact = (query.double() + key.mT.double()).tanh()[0]
+    # The kernel's scores are in base 2.
+    error = (scores * math.log(2) - exact).abs()
+    assert error.max() < 4 * torch.finfo(fp32).eps
+    near = (query + key.mT)[0].abs() < 0.25
+    assert (error <= 4 * torch.finfo(fp32).eps * exact.abs())[near & (query[0] == 0)].all()
+
+
+@pytest.mark.parametrize("tanh", ["shared", "single", "few"])
 def test_error_bounds_of_the_instructions(tanh: str) -> None:
-    """In numpy: what an error of one unit in the last place of every reciprocal does to tanh."""
+    """In numpy: what an error of one unit in the last place of every reciprocal does to tanh, and
+    with few queries one of 2^-22 of every exponential."""
     generator = np.random.default_rng(0)
     x, y = generator.uniform(-10, 10, (2, 10**6)).astype(np.float32)
     exps = [np.exp(2 * t.astype(np.float64)).astype(np.float32) for t in (x, y)]
@@ -440,13 +469,18 @@ def test_error_bounds_of_the_instructions(tanh: str) -> None:
         exact = (1 / t.astype(np.float64)).astype(np.float32)
         return np.nextafter(exact, np.float32(generator.choice([0, np.inf])))
 
-    if tanh == "shared":
-        b = np.roll(a, 1)
-        r = reciprocal(a * b) * b
+    exact = np.tanh(x.astype(np.float64) + y)
+    if tanh == "few":
+        power = np.abs(x + y) * np.float32(-2 / math.log(2))
+        wrong = 1 + generator.choice([-1, 1], 10**6) * 2.0**-22
+        e = (np.exp2(power.astype(np.float64)) * wrong).astype(np.float32)
+        b = one + np.roll(e, 1)
+        error = (one - e) * (b * reciprocal((one + e) * b)) - np.abs(exact)
     else:
-        r = reciprocal(a)
-    error = -2 * (r - np.float32(0.5)) - np.tanh(x.astype(np.float64) + y)
-    assert np.abs(error).max() < {"shared": 6e-7, "single": 4e-7}[tanh]
+        b = np.roll(a, 1)
+        r = reciprocal(a) if tanh == "single" else reciprocal(a * b) * b
+        error = -2 * (r - np.float32(0.5)) - exact
+    assert np.abs(error).max() < {"shared": 6e-7, "single": 4e-7, "few": 4e-7}[tanh]
 
 
 # ---- dispatch -----------------------------------------------------------------------------
