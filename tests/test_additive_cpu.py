@@ -231,6 +231,20 @@ def test_large_and_small_v(size: float, Tq: int) -> None:
     )
 
 
+@pytest.mark.parametrize("Tq", [1, 5])
+@every_capability
+@pytest.mark.usefixtures("capability")
+def test_error_of_one_tanh(Tq: int) -> None:
+    """What docs/ops/additive.md says of it, on scores that take one element of 64."""
+    v = torch.zeros(64)
+    v[5] = 1
+    for size in (0.01, 0.3, 1.0, 3.0, 9.0, 20.0):
+        query, key = (2 * size * torch.rand(2000, T, 64) - size for T in (Tq, 1))
+        _, _, lse = OPS.additive_attention(query, key, key, v, None, None, None, 1.0, False)
+        exact = (query.double() + key)[..., 5].tanh()
+        assert (lse - exact).abs().max() < 4e-7, size
+
+
 # ---- what must not be read, and NaN -------------------------------------------------------
 
 

@@ -90,16 +90,18 @@ def test_more_than_two_to_the_31_elements() -> None:
     torch.testing.assert_close(o, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("tanh", ["shared", "single", "hardware"])
-def test_every_way_to_take_tanh(tanh: str) -> None:
-    """Within their bounds, on scores of one element."""
+@pytest.mark.parametrize(
+    ("tanh", "Tq"), [("shared", 4001), ("single", 4001), ("hardware", 4001), ("shared", 1)]
+)
+def test_every_way_to_take_tanh(tanh: str, Tq: int) -> None:
+    """Within their bounds, on scores of one element; a single query has one way, of its own."""
     from seqkern.kernels.additive_attention import additive_attention
     from seqkern.kernels.additive_table import choose
 
-    query = torch.linspace(-9.9, 9.9, 4001, device="cuda").view(1, -1, 1)
+    query = torch.linspace(-9.9, 9.9, 4001, device="cuda").view(-1, Tq, 1)
     config = dataclasses.replace(choose("forward", torch.float32), tanh=tanh)
-    bound = {"shared": 6e-7, "single": 4e-7, "hardware": 6e-4}[tanh]
-    one = torch.ones(1, 1, 1, device="cuda")
+    bound = {"shared": 6e-7, "single": 4e-7, "hardware": 6e-4}[tanh] if Tq > 1 else 4e-7
+    one = torch.ones(query.size(0), 1, 1, device="cuda")
     for key in (-9.9, 0.0, 0.5, 9.0):
         args = query, one * key, one, one[0, 0], None, None, None, 1.0, False
         lse = additive_attention(*args, config=config)[2]
