@@ -1,7 +1,7 @@
 """The additive attentions that are timed, and everyone who computes them."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def gpu_cases() -> list[Case]:
     for dtype in ("float32", "bfloat16"):
         for backward in (False, True):
             cases += [Case(64, T, T, D, backward, dtype) for D in (256, 512) for T in (32, 64, 128)]
-        cases += [Case(B, 1, 64, D, False, dtype) for D in (256, 512) for B in (64, 1024)]
+            cases += [Case(B, 1, 64, D, backward, dtype) for D in (256, 512) for B in (64, 1024)]
     return cases
 
 
@@ -120,7 +120,27 @@ def forwards(p: Problem) -> dict[str, Callable[[], Tensor]]:
     def bound(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
         return lambda: function(*p.inputs)
 
-    return {name: bound(function) for name, function in functions.items()}
+    calls = {name: bound(function) for name, function in functions.items()}
+    return calls | by_tanh(p) if p.query.is_cuda else calls
+
+
+def by_tanh(p: Problem) -> dict[str, Callable[[], Tensor]]:
+    """Our forward for each way of the Triton kernel to take tanh, straight by its launcher: what
+    kernels/additive_table.py chose, and what it did not. A step has one way alone."""
+    from seqkern.kernels.additive_attention import additive_attention
+    from seqkern.kernels.additive_rows import MOST_QUERIES
+    from seqkern.kernels.additive_table import choose
+
+    if p.case.backward or p.case.Tq <= MOST_QUERIES:
+        return {}
+    args = *p.inputs, None, None, None, 1.0, False
+
+    def bound(config: Any) -> Callable[[], Tensor]:
+        return lambda: additive_attention(*args, config=config)[0]
+
+    chosen = choose("forward", p.query.dtype)
+    ways = "shared", "single", "hardware"
+    return {f"{OURS} {tanh}": bound(replace(chosen, tanh=tanh)) for tanh in ways}
 
 
 def step(p: Problem, forward: Callable[[], Tensor]) -> Callable[[], Any]:

@@ -5,8 +5,11 @@ import math
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -407,6 +410,33 @@ def test_additive_memory_sees_the_tensor_that_ours_never_makes() -> None:
     eager, ours = (additive_cases.peak_on_cpu(name, case) for name in ("eager", "seqkern"))
     assert eager >= 4 * case.tanhs
     assert ours < 0.05 * eager
+
+
+def test_additive_cases_of_a_gpu_are_of_every_kind() -> None:
+    kinds = {(case.Tq == 1, case.backward, case.dtype) for case in additive_cases.gpu_cases()}
+    assert kinds == set(product((False, True), (False, True), ("float32", "bfloat16")))
+
+
+def test_additive_ways_to_take_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each is timed, by a launcher that is told which; here the op stands for it."""
+    pytest.importorskip("triton", reason="the launcher is Triton's")
+    from seqkern.kernels import additive_table as launches
+
+    taken: list[str] = []
+
+    def launcher(*args: Any, config: Any) -> Any:
+        taken.append(config.tanh)
+        return torch.ops.seqkern.additive_attention(*args)
+
+    monkeypatch.setattr("seqkern.kernels.additive_attention.additive_attention", launcher)
+    monkeypatch.setattr(launches, "choose", partial(launches.choose, target=("cuda", 90)))
+    p = additive_cases.make_problem(additive_cases.Case(2, 5, 7, 20), "cpu")
+    expected = additive_cases.by_product(*p.inputs)
+    for forward in additive_cases.by_tanh(p).values():
+        torch.testing.assert_close(forward(), expected)
+    assert taken == ["shared", "single", "hardware"]
+    for other in (additive_cases.Case(2, 5, 7, 20, True), additive_cases.Case(2, 1, 7, 20)):
+        assert not additive_cases.by_tanh(additive_cases.make_problem(other, "cpu"))
 
 
 def test_additive_line() -> None:
