@@ -13,7 +13,8 @@ from seqkern.tasks.recipes import RECIPES
 
 FOLDER = Path(__file__).parent / "results" / "models"
 HEAD = (
-    "| recipe | model | task | score | target | | published | seeds | seconds | machine, threads |\n"
+    "| recipe | model | task | score | target | | published | seeds | seconds "
+    "| machine, threads |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )
 
