@@ -133,7 +133,7 @@ def by_tanh(p: Problem) -> dict[str, Callable[[], Tensor]]:
 
     if p.case.backward or p.case.Tq <= MOST_QUERIES:
         return {}
-    args = *p.inputs, None, None, None, 1.0, False
+    args: tuple[Any, ...] = (*p.inputs, None, None, None, 1.0, False)
 
     def bound(config: Any) -> Callable[[], Tensor]:
         return lambda: additive_attention(*args, config=config)[0]
