@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .additive_table import MAX_WIDTH, Config, choose
 from .additive_tile import Tokens, Vector, tokens_kernel
-from .attention_arguments import DTYPES, MAX_LENGTH, dense, precision, refuse
+from .attention_arguments import DTYPES, MAX_LENGTH, block_of, dense, precision, refuse
 from .tile import Plane, View
 
 # Arguments of the kernels that change from call to call: a kernel compiled for one value of them
@@ -75,10 +75,6 @@ class Arguments:
     def DV(self) -> int:
         return self.value.size(2)
 
-    @property
-    def no_keys(self) -> bool:
-        return not self.Tk
-
     def config(self, kernel: str) -> Config:
         """What the table has for this call of a kernel, on the active device."""
         return choose(kernel, self.query.dtype)
@@ -130,11 +126,6 @@ class Arguments:
         all_planes = plane(self.mask), plane(self.bias), *planes
         far += [(self.Tq + 128) * p.i + (self.Tk + 128) * p.j for p in all_planes if p]
         return max(far) >= 2**31
-
-
-def block_of(width: int) -> int:
-    """The block that holds a value: a power of two that a product can take."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 def view(t: Tensor) -> View:

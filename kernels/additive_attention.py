@@ -54,7 +54,7 @@ def forward_kernel(
         j0 = n * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)[None, :]
         s = tile_sums(own, other, v, i0, j0, C) * (scale * LOG2E)
-        s = add_and_exclude(s, i[:, None], j, b, b * 0, limits, None, bias, mask, True, C.I64)
+        s = add_and_exclude(s, i[:, None], j, b, b * 0, limits, None, bias, mask, C.I64)
         if raw is not None:
             tl.store(raw + row[:, None] * max_k + j, s, mask=exists & (j < k_len))
         top = tl.maximum(m, tl.max(s, 1))

@@ -35,7 +35,7 @@ class Scores(NamedTuple):
 def tile_scores(own, other, of, b, i, j, i0, j0, limits, C: tl.constexpr):
     """Scores in base 2 of BLOCK_M own rows and BLOCK_N others, at queries i and keys j."""
     s = tile_sums(own, other, of.v, i0, j0, C) * (of.scale * LOG2E)
-    return add_and_exclude(s, i, j, b, b * 0, limits, None, of.bias, of.mask, True, C.I64)
+    return add_and_exclude(s, i, j, b, b * 0, limits, None, of.bias, of.mask, C.I64)
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def row_gradient_kernel(
     value = View(value.ptr + wide * value.b, 0, 0, value.t, value.d)
     s = row_sums(query, q, k, v, j0, k_len, D, BLOCK_N, BLOCK_C, PTX, I64)
     s = s * (LOG2E * scale)
-    s = add_and_exclude(s, b * 0, j, b, b * 0, limits, None, bias, mask, True, I64)
+    s = add_and_exclude(s, b * 0, j, b, b * 0, limits, None, bias, mask, I64)
     p = tl.exp2(s - tl.load(lse2 + b))
     sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for c in tl.range(0, DV, BLOCK_C):

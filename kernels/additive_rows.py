@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .additive_arguments import Arguments, block_of, view
+from .additive_arguments import Arguments, view
 from .additive_table import Config
 from .additive_tile import Vector, load_block, reciprocal
+from .attention_arguments import block_of
 from .attention_decode import combine_kernel
 from .decode_arguments import choose_splits, power_of_2, slots
 from .tile import (
@@ -107,7 +108,7 @@ def row_kernel(
         j = j0 + tl.arange(0, BLOCK_N)
         s = row_sums(query, q, k, v, j0, k_len, D, BLOCK_N, BLOCK_C, PTX, I64)
         s = s * (LOG2E * scale)
-        s = add_and_exclude(s, i, j, b, b * 0, limits, None, bias, mask, True, I64)
+        s = add_and_exclude(s, i, j, b, b * 0, limits, None, bias, mask, I64)
         if raw is not None:
             tl.store(raw + row.to(tl.int64) * max_k + j, s, mask=j < k_len)
         z = load_block(value, j0, k_len, 0, DV, BLOCK_N, BLOCK_DV, I64).to(tl.float32)

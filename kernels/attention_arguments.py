@@ -144,8 +144,8 @@ class Arguments:
             "k_lens": self.k_lens,
             "cu_q": self.cu_q,
             "cu_k": self.cu_k,
-            "slopes": self._slopes(),
-            "rule": self._rule(),
+            "slopes": slopes_of(self.slopes),
+            "rule": rule_of(self.softcap, self.scale),
             "seed": self.seed,
             "threshold": int(self.dropout_p * 2**32) if self.seed is not None else None,
             "gain": 1 / (1 - self.dropout_p) if self.seed is not None else None,
@@ -198,18 +198,6 @@ class Arguments:
         """What the table has for this call of a kernel, on the active device."""
         return choose(kernel, max(self.D, self.DV), self.q.dtype, costly=self.costly)
 
-    def _rule(self) -> Rule:
-        log2e = 1 / math.log(2)
-        if self.softcap:
-            return Rule(self.scale / self.softcap, self.softcap * log2e)
-        return Rule(self.scale * log2e, None)
-
-    def _slopes(self) -> Row | None:
-        if self.slopes is None:
-            return None
-        b, h = (0, *self.slopes.stride())[-2:]
-        return Row(self.slopes, b, h)
-
     def section(self, pairs: int, group: int) -> int:
         """How many (batch, head) pairs run side by side: their keys and values fit the cache.
 
@@ -259,6 +247,17 @@ def plane(t: Tensor | None) -> Plane | None:
         return None
     strides = [0 if n == 1 else stride for n, stride in zip(t.shape, t.stride())]
     return Plane(t.view(torch.uint8) if t.dtype == torch.bool else t, *strides)
+
+
+def slopes_of(t: Tensor | None) -> Row | None:
+    """ALiBi's slopes (H,) or (B, H) as the kernels take them."""
+    return None if t is None else Row(t, *(0, *t.stride())[-2:])
+
+
+def rule_of(softcap: float, scale: float) -> Rule:
+    """What takes products to scores; a softcap of 0 is none."""
+    log2e = 1 / math.log(2)
+    return Rule(scale / softcap, softcap * log2e) if softcap else Rule(scale * log2e, None)
 
 
 def block_of(width: int) -> int:
@@ -342,7 +341,7 @@ def check(
     if not math.isfinite(scale):
         refuse(op, "scale", "finite", scale)
     if causal is not None:
-        window_right = 0 if window_right < 0 else min(window_right, 0)
+        window_right = 0
     left, right = (None if not 0 <= w < Tq + Tk else w for w in (window_left, window_right))
     q_lens, k_lens, sinks, cu_q, cu_k = map(dense, (q_lens, k_lens, sinks, cu_q, cu_k))
     return Arguments(

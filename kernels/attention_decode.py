@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_arguments import block_of, dense, on_device, precision, refuse
+from .attention_arguments import (
+    block_of,
+    dense,
+    on_device,
+    precision,
+    refuse,
+    rule_of,
+    slopes_of,
+)
 from .decode_arguments import (
     cache_arguments,
     check_cache,
@@ -27,13 +35,10 @@ from .decode_arguments import (
     common_width,
     needs_int64,
     power_of_2,
-    rule_of,
-    slopes_of,
     slots,
     view,
 )
 from .tile import (
-    LN2,
     LOG2E,
     Limits,
     View,
@@ -82,13 +87,6 @@ def add_sink(acc, m, l, sink):
     safe = tl.where(top == float("-inf"), 0.0, top)
     decay = tl.exp2(m - safe)
     return acc * decay[:, None], top, l * decay + tl.exp2(sink - safe)
-
-
-@triton.jit
-def finish(acc, m, l):
-    """o and lse of a state: 0 and -inf where nothing took part; NaN stays visible."""
-    o = acc / tl.where(l == 0, 1.0, l)[:, None]
-    return o, tl.where(l == l, log_sum_exp(m, l), l)
 
 
 @triton.jit
@@ -179,7 +177,7 @@ def decode_kernel(
             # What is in no page has no value: its scores, and so the results, become NaN.
             s = tl.where(absent[None, :], float("nan"), s)
         s = add_and_exclude(
-            s, i[:, None], j[None, :], b, head, limits, slope, None, None, True, I64
+            s, i[:, None], j[None, :], b, head, limits, slope, None, None, I64
         )  # fmt: skip
         acc, m, l = fold(acc, m, l, s, v_tile, None, 1.0, PRECISION)
 
@@ -196,9 +194,9 @@ def decode_kernel(
         if sinks is not None:
             sink = tl.load(sinks + query_head, mask=r < rows, other=0.0).to(tl.float32)
             acc, m, l = add_sink(acc, m, l, sink * LOG2E)
-        out, found = finish(acc, m, l)
+        out = acc / tl.where(l == 0, 1.0, l)[:, None]
         tl.store(o + row[:, None] * DV + dv[None, :], out.to(o.dtype.element_ty), mask=exists)
-        tl.store(lse + row, found, mask=r < rows)
+        tl.store(lse + row, log_sum_exp(m, l), mask=r < rows)
 
 
 @triton.jit(do_not_specialize=COMBINED_SIZES)
@@ -239,9 +237,7 @@ def combine_kernel(
         l += tl.exp2(sink - safe)
     out = acc / tl.where(l == 0, 1.0, l)
     tl.store(o + row * DV + dv, out.to(o.dtype.element_ty), mask=dv < DV)
-    some = l > 0
-    found = tl.where(some, (top + tl.log2(tl.where(some, l, 1.0))) * LN2, float("-inf"))
-    tl.store(lse + row, tl.where(l == l, found, l))
+    tl.store(lse + row, log_sum_exp(top, l))
 
 
 @triton.jit(do_not_specialize=APPENDED_SIZES)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention_arguments import DTYPES, MAX_HEAD_DIM, MAX_LENGTH, refuse
-from .tile import Row, Rule, View
+from .tile import View
 
 MAX_SPLITS = 128
 
@@ -150,15 +150,6 @@ def cache_arguments(k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None
 
 def view(t: Tensor) -> View:
     return View(t, *t.stride())
-
-
-def slopes_of(t: Tensor | None) -> Row | None:
-    return None if t is None else Row(t, *(0, *t.stride())[-2:])
-
-
-def rule_of(softcap: float, scale: float) -> Rule:
-    log2e = 1 / math.log(2)
-    return Rule(scale / softcap, softcap * log2e) if softcap else Rule(scale * log2e, None)
 
 
 def common_width(*caches: Tensor) -> int:

@@ -137,9 +137,7 @@ def cap_slope(product, rule):
 
 
 @triton.jit
-def add_and_exclude(
-    s, i, j, b, h, limits, slope, bias, mask, MASKED: tl.constexpr, I64: tl.constexpr
-):  # fmt: skip
+def add_and_exclude(s, i, j, b, h, limits, slope, bias, mask, I64: tl.constexpr):
     """Scores from products: bias and ALiBi added, -inf for what does not take part.
 
     Args:
@@ -147,8 +145,8 @@ def add_and_exclude(
         b, h: batch and query head.
         slope: ALiBi's slope times log2 e, or None.
         bias, mask: Planes, or None; the mask is non-zero where an element takes part.
-        MASKED: apply the limits. Without it the caller knows that all of the tile is within.
-            Queries beyond q_len are the caller's business in either case.
+
+    Queries beyond q_len are the caller's business.
     """
     more = None
     allowed = None
@@ -156,12 +154,15 @@ def add_and_exclude(
         more = load_plane(bias, b, h, i, j, limits, False, I64)
     if mask is not None:
         allowed = load_plane(mask, b, h, i, j, limits, False, I64)
-    return add_loaded(s, i, j, limits, slope, more, allowed, MASKED)
+    return add_loaded(s, i, j, limits, slope, more, allowed, True)
 
 
 @triton.jit
 def add_loaded(s, i, j, limits, slope, more, allowed, MASKED: tl.constexpr):
-    """As add_and_exclude, of the tiles of bias and mask themselves."""
+    """As add_and_exclude, of the tiles of bias and mask themselves.
+
+    MASKED: apply the limits. Without it the caller knows that all of the tile is within.
+    """
     if more is not None:
         s += more.to(tl.float32) * LOG2E
     if slope is not None:
@@ -286,15 +287,15 @@ def query_range(j0, j1, limits, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def program(n_tiles, section, n_heads, LAST_FIRST: tl.constexpr):
-    """This program's tile and (batch, head) pair, for a grid of n_tiles * n_heads.
+def program(n_tiles, section, pairs, LAST_FIRST: tl.constexpr):
+    """This program's tile and (batch, head) pair, for a grid of n_tiles * pairs.
 
     `section` pairs at a time run tile by tile, the longest tiles first, so that their keys and
     values stay in the cache and the short tiles fill the end.
     """
     pid = tl.program_id(0)
     first = pid // (section * n_tiles) * section
-    width = tl.minimum(section, n_heads - first)
+    width = tl.minimum(section, pairs - first)
     rest = pid - first * n_tiles
     tile = rest // width
     if LAST_FIRST:
