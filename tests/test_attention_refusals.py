@@ -77,6 +77,34 @@ def test_sdpa_refuses_a_mask_by_its_name(grad: bool) -> None:
         attend(q[0], k[0], v[0], mask)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_sdpa_refuses_by_its_names(grad: bool) -> None:
+    """PyTorch's kernel for the CPU reads beyond a key that is shorter than value, and leaves out
+    keys where value is shorter."""
+    attend, (q, k, v) = seqkern.scaled_dot_product_attention, qkv(grad=grad)
+    nested = torch.nested.nested_tensor([*k.detach()], layout=torch.jagged)
+    for args, match in [
+        ((q, k[:, :, :4], v), r"value must have the length of key, 4, got \(2, 4, 9, 8\)"),
+        ((q, k, v[:, :, :4]), r"value must have the length of key, 9, got \(2, 4, 4, 8\)"),
+        ((q, k[..., :4], v), "key must have the head size 8 of query"),
+        ((q, k, v.double()), "query, key and value must be of one .* torch.float64 for value"),
+        ((q, k.to("meta"), v), "key must be on the device of query, cpu, got meta"),
+        ((q, *(t[:1].expand(3, 4, 9, 8) for t in (k, v))), "leading sizes .* got .* 4, 9, 8"),
+        ((q, nested, nested), "query, key and value must be nested all three, or none"),
+    ]:
+        with pytest.raises(ValueError, match=f"^scaled_dot_product_attention: .*{match}"):
+            attend(*args)
+    for options, match in [
+        ({"scale": float("nan")}, "scale must be finite, got nan"),
+        ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\], got 1.5"),
+        ({"dropout_p": float("nan")}, r"dropout_p must be in \[0, 1\], got nan"),
+    ]:
+        with pytest.raises(ValueError, match=f"^scaled_dot_product_attention: {match}"):
+            attend(q, k, v, **options)
+    with pytest.raises(ValueError, match="the 4 heads of query must be a multiple of the 3 of key"):
+        attend(q, k[:, :3], v[:, :3], enable_gqa=True)
+
+
 def test_bad_tensors() -> None:
     q, k, v = qkv()
     attend = seqkern.attention

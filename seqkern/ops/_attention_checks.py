@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state
 
 from seqkern.ops._checks import check_tensor
 from seqkern.reference.attention import FAR
@@ -77,39 +78,93 @@ def check_attention(
     check_rule(op, causal, window_left, window_right, softcap, dropout_p, scale)
 
 
-def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+def check_qkv(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: bool,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+) -> None:
     form = "(N, H, D)" if packed else "(B, H, T, D)"
-    for name, t in (("q", q), ("k", k), ("v", v)):
+    Q, K, V = names
+    for name, t in zip(names, (q, k, v), strict=True):
         check_tensor(op, name, t)
         if t.is_nested:
             raise ValueError(
-                f"{op}: q, k and v must be nested all three, for attention_varlen, or none, got a "
-                f"nested {name}"
+                f"{op}: {Q}, {K} and {V} must be nested all three, for attention_varlen, or none, "
+                f"got a nested {name}"
             )
         if t.dim() != (3 if packed else 4):
             raise ValueError(f"{op}: {name} must be {form}, got {tuple(t.shape)}")
         if t.dtype not in FLOATING or t.dtype != q.dtype:
             raise ValueError(
-                f"{op}: q, k and v must be of one floating-point dtype of 16, 32 or 64 bits, got "
-                f"{q.dtype} for q and {t.dtype} for {name}"
+                f"{op}: {Q}, {K} and {V} must be of one floating-point dtype of 16, 32 or 64 bits, "
+                f"got {q.dtype} for {Q} and {t.dtype} for {name}"
             )
         if t.device != q.device:
-            raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {t.device}")
+            raise ValueError(
+                f"{op}: {name} must be on the device of {Q}, {q.device}, got {t.device}"
+            )
     T = 0 if packed else 2
     if not packed and (k.size(0) != q.size(0) or v.size(0) != q.size(0)):
         raise ValueError(
-            f"{op}: q, k and v must have one batch size, got {q.size(0)}, {k.size(0)}, {v.size(0)}"
+            f"{op}: {Q}, {K} and {V} must have one batch size, got {q.size(0)}, {k.size(0)}, "
+            f"{v.size(0)}"
         )
     if k.size(-1) != q.size(-1):
-        raise ValueError(f"{op}: k must have the head size {q.size(-1)} of q, got {tuple(k.shape)}")
+        raise ValueError(
+            f"{op}: {K} must have the head size {q.size(-1)} of {Q}, got {tuple(k.shape)}"
+        )
     if v.size(1) != k.size(1) or v.size(T) != k.size(T):
         raise ValueError(
-            f"{op}: v must have the heads and the length of k, {tuple(k.shape)}, got "
+            f"{op}: {V} must have the heads and the length of {K}, {tuple(k.shape)}, got "
             f"{tuple(v.shape)}"
         )
     H, Hkv = q.size(1), k.size(1)
     if (H % Hkv if Hkv else H) != 0:
-        raise ValueError(f"{op}: the {H} heads of q must be a multiple of the {Hkv} of k and v")
+        raise ValueError(
+            f"{op}: the {H} heads of {Q} must be a multiple of the {Hkv} of {K} and {V}"
+        )
+
+
+def check_sdpa(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> None:
+    """What PyTorch's function does not check, or says in other words."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        check_tensor(op, name, t)
+        if t.dim() < 2:
+            raise ValueError(f"{op}: {name} must be (..., T, D), got {tuple(t.shape)}")
+        if t.is_nested != query.is_nested:
+            raise ValueError(f"{op}: query, key and value must be nested all three, or none")
+    # PyTorch's kernel for the CPU takes the length of value for key's, and reads beyond it. Sizes
+    # of nested tensors, and those that torch.jit.trace follows, cannot be compared.
+    comparable = not query.is_nested and _get_tracing_state() is None
+    if comparable and key.size(-2) != value.size(-2):
+        raise ValueError(
+            f"{op}: value must have the length of key, {key.size(-2)}, got {tuple(value.shape)}"
+        )
+    if attn_mask is not None:
+        check_tensor(op, "attn_mask", attn_mask)
+        if attn_mask.device != query.device:
+            raise ValueError(
+                f"{op}: attn_mask must be on the device of query, {query.device}, got "
+                f"{attn_mask.device}"
+            )
+        if is_causal:
+            raise RuntimeError(f"{op}: attn_mask and is_causal must not both be given")
+    if not 0 <= number(op, "dropout_p", dropout_p) <= 1:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+    if scale is not None:
+        check_scale(op, number(op, "scale", scale))
 
 
 def _check_extras(

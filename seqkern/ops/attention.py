@@ -19,6 +19,7 @@ from seqkern.ops._attention_checks import (
     check_kind,
     check_lengths,
     check_qkv,
+    check_sdpa,
     check_vector,
     int32,
     number,
@@ -231,21 +232,9 @@ def scaled_dot_product_attention(
         RuntimeError: attn_mask and is_causal are both given.
     """
     name = "scaled_dot_product_attention"
-    for n, t in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, n, t)
-        if t.dim() < 2:
-            raise ValueError(f"{name}: {n} must be (..., T, D), got {tuple(t.shape)}")
-    if attn_mask is not None:
-        check_tensor(name, "attn_mask", attn_mask)
-        if attn_mask.device != query.device:
-            raise ValueError(
-                f"{name}: attn_mask must be on the device of query, {query.device}, got "
-                f"{attn_mask.device}"
-            )
-        if is_causal:
-            raise RuntimeError(f"{name}: attn_mask and is_causal must not both be given")
+    check_sdpa(name, query, key, value, attn_mask, dropout_p, is_causal, scale)
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    if query.is_nested or number(name, "dropout_p", dropout_p) >= 1:
+    if query.is_nested or dropout_p == 1:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, **options
         )
@@ -266,21 +255,18 @@ def scaled_dot_product_attention(
             raise ValueError(
                 f"{name}: query, key and value have {heads} heads; enable_gqa permits that"
             )
-    q, k, v, batch = _four_dimensional(query, key, value, enable_gqa)
+    q, k, v, batch = _four_dimensional(name, query, key, value, enable_gqa)
     mask = bias = None
     if attn_mask is not None:
         m = _mask_of_batch(name, attn_mask, q, (*batch, q.size(2), k.size(2)))
         mask, bias = (m, None) if m.dtype == torch.bool else (None, m)
-    o = attention(
-        q,
-        k,
-        v,
-        causal="top_left" if is_causal else None,
-        mask=mask,
-        bias=bias,
-        dropout_p=dropout_p,
-        scale=scale,
-    )
+    options = {"mask": mask, "bias": bias, "dropout_p": dropout_p, "scale": scale}
+    try:
+        o = attention(q, k, v, causal="top_left" if is_causal else None, **options)
+    except ValueError:
+        # By the names that they have here, which only an error is worth the time for.
+        check_qkv(name, q, k, v, False, ("query", "key", "value"))
+        raise
     return o.reshape(*batch, *o.shape[-2:])
 
 
@@ -381,7 +367,7 @@ def _unnest(name: str, argument: str, t: Any) -> tuple[Tensor, Tensor]:
     return torch.cat(t.unbind()), F.pad(t.lengths().cumsum(0), (1, 0))
 
 
-def _four_dimensional(q: Tensor, k: Tensor, v: Tensor, gqa: bool):
+def _four_dimensional(name: str, q: Tensor, k: Tensor, v: Tensor, gqa: bool):
     """(B, H, T, D) views of (..., T, D), and the leading sizes of the result."""
     same = slice(1 if gqa else 2)
     if q.dim() == 4 and q.shape[same] == k.shape[same] == v.shape[same] and k.dim() == v.dim() == 4:
@@ -391,7 +377,13 @@ def _four_dimensional(q: Tensor, k: Tensor, v: Tensor, gqa: bool):
         heads, own = [s[-1:] for s in own], [s[:-1] for s in own]
     else:
         heads = [[], [], []]
-    shared = list(torch.broadcast_shapes(*own))
+    try:
+        shared = list(torch.broadcast_shapes(*own))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: query, key and value must have leading sizes that broadcast, got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        ) from error
     leading = [shared + h for h in heads]
     views = []
     for t, lead in zip((q, k, v), leading):
