@@ -274,8 +274,23 @@ def test_refuses_by_name(name: str) -> None:
     for options in ({"mask": torch.ones(3, 6).bool()}, {"mask": torch.ones(9, 3, 7)}):
         with pytest.raises(ValueError, match="must broadcast to"):
             layer(query, key, value, **options)
-    with pytest.raises(ValueError, match=r"k_lens must be \(2,\), got \(3,\)"):
-        layer(query, key, value, k_lens=torch.tensor([1, 2, 3]))
+    for need_weights in (False, True):
+        for k_lens, error, message in [
+            (torch.tensor([1, 2, 3]), ValueError, r"\(2,\), got \(3,\)"),
+            (torch.tensor([1]), ValueError, r"\(2,\), got \(1,\)"),
+            (torch.tensor([1.0, 2.0]), ValueError, "torch.int32 .*torch.int64, got torch.float32"),
+            ([1, 2], TypeError, "a Tensor, got list"),
+        ]:
+            with pytest.raises(error, match=f"k_lens must be .*{message}"):
+                layer(query, key, value, k_lens=k_lens, need_weights=need_weights)
+
+
+@pytest.mark.parametrize("name", ["dot", "general"])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_refuses_lengths_beyond_the_keys(name: str, need_weights: bool) -> None:
+    for k_lens in ([8, 1], [-1, 1]):
+        with pytest.raises(ValueError, match=r"k_lens must be within \[0, 7\], got \["):
+            make(name)(*inputs_of(name), k_lens=torch.tensor(k_lens), need_weights=need_weights)
 
 
 def test_refuses_features_of_other_layers() -> None:

@@ -199,6 +199,9 @@ def zeros(*shape: int) -> Tensor:
         ("gru", {"key": zeros(3, 5)}, ValueError, r"key must be \(B, Tk, "),
         ("gru", {"key": None}, TypeError, "key must be a Tensor, got NoneType"),
         ("gru", {"value": zeros(3, C)}, ValueError, r"value must be \(B, Tk, C\)"),
+        ("gru", {"k_lens": [5, 1, 3]}, TypeError, "k_lens must be a Tensor, got list"),
+        ("gru", {"k_lens": torch.tensor([5])}, ValueError, r"k_lens must be .*\(3,\), got \(1,\)"),
+        ("gru", {"k_lens": zeros(3)}, ValueError, r"k_lens must be torch\.int32"),
         ("lstm", {"state": zeros(6, H)}, TypeError, r"state must be \(s_0, c_0\), got Tensor"),
         ("lstm", {"state": (zeros(6, H), None)}, TypeError, "must be a Tensor, got NoneType"),
         ("lstm", {"state": (zeros(6, H), zeros(6, H + 1))}, ValueError, r"\(N, H\) = \(6, 6\)"),
@@ -207,5 +210,7 @@ def zeros(*shape: int) -> Tensor:
 def test_wrong_calls_name_the_argument(cell, attention, changed, error, message) -> None:
     decoder = module(cell, attention)
     given = dict(zip(("x", "state", "key", "value"), inputs(cell), strict=False)) | changed
-    with pytest.raises(error, match=f"(AttentionDecoder|attention_decoder): .*{message}"):
+    with pytest.raises(
+        error, match=f"(AttentionDecoder|attention_decoder|attention_with_weights): .*{message}"
+    ):
         decoder(**given)

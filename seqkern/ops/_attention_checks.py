@@ -1,13 +1,17 @@
 """Checks of the attention ops: each raises with the argument's name and its value."""
 
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch._guards import detect_fake_mode
 
 from seqkern.ops._checks import check_tensor
+from seqkern.ops._derivatives import takes_graph
 from seqkern.reference.attention import FAR
 
 CAUSAL = None, "top_left", "bottom_right"
@@ -338,6 +342,26 @@ def int32(op: str, name: str, t: Any) -> Tensor:
     return t if t.dtype == torch.int32 else t.clamp(-1, FAR).to(torch.int32)
 
 
+def readable(tensors: Sequence[Tensor]) -> bool:
+    """Whether values can be read: on the CPU, in no graph, neither fake nor a batch of vmap's."""
+    if takes_graph() or detect_fake_mode(tensors) is not None:
+        return False
+    for t in tensors:
+        while is_functorch_wrapped_tensor(t):
+            if is_batchedtensor(t):
+                return False
+            t = get_unwrapped(t)
+        if t.device.type != "cpu":
+            return False
+    return True
+
+
+def check_within(op: str, name: str, lens: Tensor, T: int) -> None:
+    """The values of lengths of sequences of T places; reads them."""
+    if lens.numel() and not 0 <= lens.min() <= lens.max() <= T:
+        raise ValueError(f"{op}: {name} must be within [0, {T}], got {lens.tolist()}")
+
+
 def check_lengths(op: str, *args) -> None:
     """The values of lengths and bounds; reads them, so for tensors on the CPU alone.
 
@@ -349,8 +373,8 @@ def check_lengths(op: str, *args) -> None:
     """
     q, k, _, _, _, q_lens, k_lens, _, _, _, cu_q, cu_k, *_, max_q, max_k, _ = args
     for name, lens, T in (("q_lens", q_lens, max_q), ("k_lens", k_lens, max_k)):
-        if lens is not None and lens.numel() and not 0 <= lens.min() <= lens.max() <= T:
-            raise ValueError(f"{op}: {name} must be within [0, {T}], got {lens.tolist()}")
+        if lens is not None:
+            check_within(op, name, lens, T)
     for name, cu, rows, T in (("cu_q", cu_q, q, max_q), ("cu_k", cu_k, k, max_k)):
         if cu is None:
             continue

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _get_tracing_state, _is_any_autocast_enabled
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._guards import detect_fake_mode
 from torch.compiler import is_compiling
 
@@ -24,6 +23,7 @@ from seqkern.ops._attention_checks import (
     int32,
     number,
     positive,
+    readable,
     sides,
     whole,
 )
@@ -432,25 +432,12 @@ def call(args: tuple) -> tuple[Tensor, Tensor]:
     # The op takes Tq and Tk, which would be constants of a graph of torch.jit.trace.
     if only_plain_operations() or (_get_tracing_state() is not None and args[10] is None):
         check_attention("attention", *args)
-        if not takes_graph() and _lengths_have_values(args):
+        if readable([args[i] for i in LENGTHS if args[i] is not None]):
             check_lengths("attention", *args)
         return in_plain_operations(_op, reference.attention, *args)
     if not takes_graph() and recorded([args[i] for i in DERIVED]):
         return Attention.apply(*args)
     return _op(*args)
-
-
-def _lengths_have_values(args: tuple) -> bool:
-    """Whether lengths and bounds can be read: on the CPU, neither fake nor a batch of vmap's."""
-    given = [args[i] for i in LENGTHS if args[i] is not None]
-    if args[0].device.type != "cpu" or detect_fake_mode(given) is not None:
-        return False
-    for t in given:
-        while is_functorch_wrapped_tensor(t):
-            if is_batchedtensor(t):
-                return False
-            t = get_unwrapped(t)
-    return True
 
 
 def _with_seed(args: tuple) -> tuple:
