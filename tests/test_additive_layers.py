@@ -310,3 +310,28 @@ def test_refuses_sizes(sizes: tuple[int, int, int]) -> None:
     if sizes[2] > 0:
         with pytest.raises(ValueError, match="GeneralAttention: sizes must be at least 1, got 0"):
             GeneralAttention(*sizes[:2])
+
+
+@pytest.mark.parametrize("wrong", ["x", 1.5, True])
+def test_refuses_what_is_no_size(wrong: Any) -> None:
+    for make_one in (AdditiveAttention, GeneralAttention):
+        with pytest.raises(TypeError, match="sizes must be whole numbers, got"):
+            make_one(wrong, *[4] * (2 if make_one is AdditiveAttention else 1))
+
+
+@every_layer
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_refuses_another_dtype_or_device(name: str, need_weights: bool, place: int) -> None:
+    layer, names = make(name), ("query", "key", "value")
+    if name == "dot" and place == 0:
+        names = ("key", "key", "value")  # it is compared with the query
+    for change, message in [
+        (lambda t: t.float(), r"must have the dtype of .* torch\.float\d+, got torch\.float\d+"),
+        (lambda t: t.to("meta"), "must be on the device of .* (cpu|meta), got (cpu|meta)"),
+    ]:
+        given = inputs_of(name, grad=False)
+        given[place] = change(given[place])
+        owner = type(layer).__name__
+        with pytest.raises(ValueError, match=f"^{owner}: {names[place]} {message}"):
+            layer(*given, need_weights=need_weights)

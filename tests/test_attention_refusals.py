@@ -142,6 +142,8 @@ def test_bad_tensors() -> None:
     ]:
         with pytest.raises(TypeError, match=match):
             seqkern.attention_varlen(*packed, *bounds)
+    with pytest.raises(ValueError, match="max_q must fit 64 bits, got"):
+        seqkern.attention_varlen(*packed, *cu, 2**63, 9)
 
 
 def test_raw_op_checks_again() -> None:

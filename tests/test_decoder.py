@@ -320,6 +320,7 @@ def test_the_call_that_is_spoilt_below_is_right() -> None:
         ({"state": None}, TypeError, "state must be a Tensor, got NoneType"),
         ({"mode": "LSTM"}, TypeError, r"state must be \(s_0, c_0\), got Tensor"),
         ({"mode": "lstm"}, ValueError, "mode must be one of .* got 'lstm'"),
+        ({"mode": ["GRU"]}, ValueError, r"mode must be one of .* got \['GRU'\]"),
         ({"key": torch.ones(2, 6)}, ValueError, r"key must be \(B, Tk, A\)"),
         ({"key": torch.ones(2, 6, 7).int()}, ValueError, "must be torch.int32|floating-point"),
         ({"value": torch.ones(2, 5, 8)}, ValueError, r"value must be .* = \(2, 6, 8\)"),

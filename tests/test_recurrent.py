@@ -277,6 +277,7 @@ def test_errors_name_the_argument(context) -> None:
         (ValueError, "dtype of x", lambda: seqkern.gru(x, h.double(), [w_ih, w_hh])),
         (ValueError, "floating-point", lambda: seqkern.gru(x.long(), h, [w_ih, w_hh])),
         (ValueError, "weights must hold", lambda: seqkern.gru(x, h, [w_ih])),
+        (TypeError, "weights must be a list .* got NoneType", lambda: seqkern.gru(x, h, None)),
         (TypeError, "c0 must be a Tensor", lambda: recurrent("LSTM", x, h, None, [w4, w5])),
         (TypeError, "c0 must be None", lambda: recurrent("GRU", x, h, h, [w_ih, w_hh])),
         (TypeError, "x must be a Tensor", lambda: seqkern.gru([1], h, [w_ih, w_hh])),

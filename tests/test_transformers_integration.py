@@ -482,6 +482,12 @@ def test_no_name_of_transformers_is_taken(name):
         register(name)
 
 
+@pytest.mark.parametrize("name", [None, 1, ""])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(TypeError, match="name must be a string that is not empty, got"):
+        register(name)
+
+
 def test_another_name_serves_too():
     register("ours")
     assert transformers.AttentionInterface()["ours"] is attention_forward

@@ -50,6 +50,7 @@ def register(name: str = "seqkern") -> None:
 
     Raises:
         ImportError: transformers is not installed, or is too old for these registries.
+        TypeError: the name is no string, or an empty one.
         ValueError: the name is one of transformers' own.
     """
     try:
@@ -59,6 +60,8 @@ def register(name: str = "seqkern") -> None:
             "seqkern.integrations.transformers needs transformers 5.23 or later "
             f"(pip install 'seqkern[transformers]'), whose import failed: {error}"
         ) from error
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"register: name must be a string that is not empty, got {name!r}")
     known = AttentionInterface().get(name)
     if name == "eager" or known not in (None, attention_forward):
         raise ValueError(f"register: name must not be one of transformers' own, got {name!r}")

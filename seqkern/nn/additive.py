@@ -4,11 +4,13 @@ The three are called alike and can stand in each other's place.
 """
 
 from abc import ABC, abstractmethod
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seqkern.nn.cells import autocast_enabled
 from seqkern.ops.additive import additive_attention
 from seqkern.ops.attention import attention
 from seqkern.ops.attention_weights import attention_with_weights
@@ -28,7 +30,11 @@ class _OneHead(nn.Module, ABC):
     ) -> None:
         super().__init__()
         for size in (query_size, key_size, projected_size):
-            if size is not None and size < 1:
+            if size is None:
+                continue
+            if not isinstance(size, Integral) or isinstance(size, bool):
+                raise TypeError(f"{type(self).__name__}: sizes must be whole numbers, got {size!r}")
+            if size < 1:
                 raise ValueError(f"{type(self).__name__}: sizes must be at least 1, got {size}")
         self.query_size, self.key_size = query_size, key_size
         self._projected_size = projected_size
@@ -69,10 +75,21 @@ class _OneHead(nn.Module, ABC):
         self._check("query", query, self.query_size)
         self._check("key", key, self.key_size)
         value = key if value is None else value
-        projected = self.u(key) if u_key is None else u_key
         self._check("value", value, None, of=key)
-        self._check("u_key", projected, self._projected_size, of=key)
-        return self._attend(query, projected, value, k_lens, mask, need_weights)
+        tensors = {"query": query, "key": key, "value": value}
+        if u_key is not None:
+            self._check("u_key", u_key, self._projected_size, of=key)
+            tensors["u_key"] = u_key
+        # With weights PyTorch's operations serve, which take some mixtures.
+        if need_weights and len({(t.dtype, t.device) for t in tensors.values()}) > 1:
+            self._check_kinds(tensors)
+        try:
+            projected = self.u(key) if u_key is None else u_key
+            return self._attend(query, projected, value, k_lens, mask, need_weights)
+        except (RuntimeError, ValueError):
+            # By the names that they have here, which only an error is worth the time for.
+            self._check_kinds(tensors)
+            raise
 
     @abstractmethod
     def _attend(
@@ -100,6 +117,22 @@ class _OneHead(nn.Module, ABC):
                 f"{owner}: {name} must have the B, Tk = {tuple(of.shape[:2])} of key, got "
                 f"{tuple(t.shape)}"
             )
+
+    def _check_kinds(self, tensors: dict[str, Tensor]) -> None:
+        """One dtype and one device, those of the parameters where there are any."""
+        owner, like = type(self).__name__, next(self.parameters(), tensors["query"])
+        of = "query" if like is tensors["query"] else "the parameters"
+        for name, t in tensors.items():
+            if t.device != like.device:
+                raise ValueError(
+                    f"{owner}: {name} must be on the device of {of}, {like.device}, got {t.device}"
+                )
+            # Autocast casts all but float64.
+            cast = autocast_enabled(like) and torch.float64 not in (t.dtype, like.dtype)
+            if t.dtype != like.dtype and not cast:
+                raise ValueError(
+                    f"{owner}: {name} must have the dtype of {of}, {like.dtype}, got {t.dtype}"
+                )
 
     def extra_repr(self) -> str:
         """The sizes, for repr()."""
@@ -129,6 +162,7 @@ class AdditiveAttention(_OneHead):
     within D**-0.5 around 0, and g as ||v||, which leaves the scores as they are without it.
 
     Raises:
+        TypeError: a size is no whole number.
         ValueError: a size is less than 1.
     """
 
@@ -215,6 +249,7 @@ class GeneralAttention(_OneHead):
     Parameter: ``u.weight`` (query_size, key_size), W_a in the paper.
 
     Raises:
+        TypeError: a size is no whole number.
         ValueError: a size is less than 1.
     """
 

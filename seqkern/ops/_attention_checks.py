@@ -292,6 +292,8 @@ def whole(op: str, name: str, value: Any) -> int | torch.SymInt:
         value = value.item()
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a whole number, got {value!r}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: {name} must fit 64 bits, got {value}")
     return value
 
 

@@ -9,7 +9,7 @@ from seqkern.reference.cells import GATES
 
 
 def check_mode(op: str, mode: str) -> None:
-    if mode not in GATES:
+    if not isinstance(mode, str) or mode not in GATES:
         raise ValueError(f"{op}: mode must be one of {', '.join(GATES)}, got {mode!r}")
 
 
@@ -88,6 +88,8 @@ def check_recurrent(
             f"{op}: h0 must have the batch size {x.size(1)} of x, got {tuple(h0.shape)}"
         )
     check_like(op, "h0", h0, x)
+    if not isinstance(weights, list | tuple):
+        raise TypeError(f"{op}: weights must be a list of Tensors, got {type(weights).__name__}")
     check_weights(op, mode, x, h0, weights)
     if mode != "LSTM":
         if c0 is not None:
