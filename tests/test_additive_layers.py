@@ -271,10 +271,19 @@ def test_refuses_by_name(name: str) -> None:
             layer(*args, **options)
     with pytest.raises(TypeError, match=f"{owner}: query must be a Tensor, got NoneType"):
         layer(None, key)
-    for options in ({"mask": torch.ones(3, 6).bool()}, {"mask": torch.ones(9, 3, 7)}):
-        with pytest.raises(ValueError, match="must broadcast to"):
-            layer(query, key, value, **options)
     for need_weights in (False, True):
+        with pytest.raises(ValueError, match=f"^{owner}: query must have the batch size 2 of key"):
+            layer(query[:1], key, value, need_weights=need_weights)
+        for mask, error, message in [
+            (1, TypeError, "a Tensor, got int"),
+            (torch.ones(3, 6).bool(), ValueError, r"broadcast to .* \(2, 3, 7\), got \(1, 3, 6\)"),
+            (torch.ones(9, 3, 7), ValueError, r"broadcast to .* \(2, 3, 7\), got \(9, 3, 7\)"),
+            (torch.ones(1, 2, 3, 7), ValueError, r"broadcast to .* got \(1, 2, 3, 7\)"),
+            (torch.ones(3, 7).int(), ValueError, "boolean, .* got torch.int32"),
+            (torch.ones(3, 7).to("meta"), ValueError, "on the device of query, cpu, got meta"),
+        ]:
+            with pytest.raises(error, match=f"^{owner}: mask must .*{message}"):
+                layer(query, key, value, mask=mask, need_weights=need_weights)
         for k_lens, error, message in [
             (torch.tensor([1, 2, 3]), ValueError, r"\(2,\), got \(3,\)"),
             (torch.tensor([1]), ValueError, r"\(2,\), got \(1,\)"),

@@ -49,6 +49,16 @@ from tests.attention_inputs import qkv
         ({"dropout_p": 1.0}, ValueError, "dropout_p must be in"),
         ({"dropout_p": 0.5, "dropout_seed": "x"}, TypeError, "dropout_seed must be"),
         ({"dropout_p": 0.5, "dropout_seed": 2**63}, ValueError, "dropout_seed must fit 64 bits"),
+        (
+            {"dropout_p": 0.5, "dropout_seed": torch.ones(1)},
+            ValueError,
+            "dropout_seed must be torch.int64, got torch.float32",
+        ),
+        (
+            {"dropout_p": 0.5, "dropout_seed": torch.tensor([1, 2])},
+            ValueError,
+            r"dropout_seed must be \(1,\), got \(2,\)",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

@@ -198,7 +198,7 @@ def test_plots(call, run, tmp_path):
             call("plot", kind, run, "--out", out, *more)
             assert out.stat().st_size > size
     assert "alignments need a source" in call("plot", "alignments", run, status=2)
-    assert "needs BLEU" in call("plot", "lengths", run, status=2)
+    assert "task 'pairs' has no BLEU by length" in call("plot", "lengths", run, status=2)
     assert "has no gradients over time" in call("plot", "gradients", run, status=2)
     assert "kind must be" in call("plot", "pie", run, status=2)
     line = call("plot", "curves", run, "--out", tmp_path / "a.txt", status=2)

@@ -317,6 +317,7 @@ def test_the_call_that_is_spoilt_below_is_right() -> None:
         ({"x": torch.ones(4, 2, 4)}, ValueError, r"w_ih must be .* = \(15, 12\), got \(15, 11\)"),
         ({"state": torch.ones(3, 5)}, ValueError, "state must have a multiple of B = 2 rows"),
         ({"state": torch.ones(4, 6)}, ValueError, r"w_ih must be .* = \(18, 11\)"),
+        ({"state": torch.ones(4, 5).double()}, ValueError, "s_0 of state must be torch.float32"),
         ({"state": None}, TypeError, "state must be a Tensor, got NoneType"),
         ({"mode": "LSTM"}, TypeError, r"state must be \(s_0, c_0\), got Tensor"),
         ({"mode": "lstm"}, ValueError, "mode must be one of .* got 'lstm'"),

@@ -202,9 +202,17 @@ def zeros(*shape: int) -> Tensor:
         ("gru", {"k_lens": [5, 1, 3]}, TypeError, "k_lens must be a Tensor, got list"),
         ("gru", {"k_lens": torch.tensor([5])}, ValueError, r"k_lens must be .*\(3,\), got \(1,\)"),
         ("gru", {"k_lens": zeros(3)}, ValueError, r"k_lens must be torch\.int32"),
+        ("gru", {"u_key": 1}, TypeError, "u_key must be a Tensor, got int"),
+        ("gru", {"u_key": zeros(3, 4, H)}, ValueError, r"u_key must be .*\(3, 5, [46]\), got"),
+        ("gru", {"u_key": zeros(3, 5, 1)}, ValueError, r"u_key must be .*\(3, 5, [46]\), got"),
         ("lstm", {"state": zeros(6, H)}, TypeError, r"state must be \(s_0, c_0\), got Tensor"),
         ("lstm", {"state": (zeros(6, H), None)}, TypeError, "must be a Tensor, got NoneType"),
-        ("lstm", {"state": (zeros(6, H), zeros(6, H + 1))}, ValueError, r"\(N, H\) = \(6, 6\)"),
+        (
+            "lstm",
+            {"state": (zeros(6, H), zeros(6, H + 1))},
+            ValueError,
+            r"state must be \(N, H\) = \(6, 6\)",
+        ),
     ],
 )
 def test_wrong_calls_name_the_argument(cell, attention, changed, error, message) -> None:

@@ -320,9 +320,9 @@ def test_bleu_by_length(tmp_path):
     assert groups[0].bleu == pytest.approx(100)
     assert groups[-1].bleu < 70
     assert len(job.bleu_by_length("test", groups=50)) == len(set(lengths))
-    with pytest.raises(ValueError, match="needs BLEU and groups >= 1, got groups = 0"):
+    with pytest.raises(ValueError, match="groups must be at least 1, got 0"):
         job.bleu_by_length("test", groups=0)
-    with pytest.raises(ValueError, match="scored by error rates"):
+    with pytest.raises(ValueError, match="no BLEU by length: its score is the error rate"):
         job_of("rnnsearch", str(path)).bleu_by_length("test")
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from seqkern.nn.cells import autocast_enabled
+from seqkern.ops._additive_checks import check_mask
+from seqkern.ops._checks import check_tensor
 from seqkern.ops.additive import additive_attention
 from seqkern.ops.attention import attention
 from seqkern.ops.attention_weights import attention_with_weights
@@ -37,7 +39,7 @@ class _OneHead(nn.Module, ABC):
             if size < 1:
                 raise ValueError(f"{type(self).__name__}: sizes must be at least 1, got {size}")
         self.query_size, self.key_size = query_size, key_size
-        self._projected_size = projected_size
+        self.projected_size = projected_size
 
     def forward(
         self,
@@ -74,12 +76,19 @@ class _OneHead(nn.Module, ABC):
         """
         self._check("query", query, self.query_size)
         self._check("key", key, self.key_size)
+        if query.size(0) != key.size(0):
+            raise ValueError(
+                f"{type(self).__name__}: query must have the batch size {key.size(0)} of key, got "
+                f"{tuple(query.shape)}"
+            )
         value = key if value is None else value
         self._check("value", value, None, of=key)
         tensors = {"query": query, "key": key, "value": value}
         if u_key is not None:
-            self._check("u_key", u_key, self._projected_size, of=key)
+            self._check("u_key", u_key, self.projected_size, of=key)
             tensors["u_key"] = u_key
+        if mask is not None:
+            self._check_mask(mask, query, key)
         # With weights PyTorch's operations serve, which take some mixtures.
         if need_weights and len({(t.dtype, t.device) for t in tensors.values()}) > 1:
             self._check_kinds(tensors)
@@ -116,6 +125,18 @@ class _OneHead(nn.Module, ABC):
             raise ValueError(
                 f"{owner}: {name} must have the B, Tk = {tuple(of.shape[:2])} of key, got "
                 f"{tuple(t.shape)}"
+            )
+
+    def _check_mask(self, mask: Tensor, query: Tensor, key: Tensor) -> None:
+        owner = type(self).__name__
+        check_tensor(owner, "mask", mask)
+        full = query.size(0), query.size(1), key.size(1)
+        check_mask(owner, "mask", mask[(None,) * (3 - mask.dim())], query, full)
+        # Autocast may make query's dtype that of mask.
+        known = torch.bool, query.dtype, torch.float32
+        if mask.dtype not in known and not (mask.is_floating_point() and autocast_enabled(query)):
+            raise ValueError(
+                f"{owner}: mask must be boolean, {query.dtype} or torch.float32, got {mask.dtype}"
             )
 
     def _check_kinds(self, tensors: dict[str, Tensor]) -> None:

@@ -93,7 +93,7 @@ class AttentionDecoder(nn.Module):
         """
         value = key if value is None else value
         attend, cell = self.attention, self.cell
-        projected = self._projected(key) if u_key is None else u_key
+        projected = self._projected(key, u_key)
         if isinstance(attend, AdditiveAttention) and not only_attention(key.device.type):
             weights = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
             v = attend.v if attend.g is None else normalized(attend.v, attend.g)
@@ -137,7 +137,8 @@ class AttentionDecoder(nn.Module):
         )
         return state, contexts.squeeze(1), weights.squeeze(1)
 
-    def _projected(self, key: Tensor) -> Tensor:
+    def _projected(self, key: Tensor, u_key: Tensor | None) -> Tensor:
+        """u_key, made where it is not given; both checked."""
         check_rank("AttentionDecoder", "key", "B, Tk, key_size", key, 3)
         size = self.attention.key_size
         if size not in (None, key.size(2)):
@@ -145,7 +146,12 @@ class AttentionDecoder(nn.Module):
                 f"AttentionDecoder: key must be (B, Tk, {size}) by attention, got "
                 f"{tuple(key.shape)}"
             )
-        return self.attention.u(key)
+        if u_key is None:
+            return self.attention.u(key)
+        check_rank("AttentionDecoder", "u_key", "B, Tk, A", u_key, 3)
+        size = self.attention.projected_size or key.size(2)
+        check_shape("AttentionDecoder", "u_key", "B, Tk, A", u_key, (*key.shape[:2], size))
+        return u_key
 
     def _checked_state(
         self, x: Tensor, state: State, key: Tensor, value: Tensor

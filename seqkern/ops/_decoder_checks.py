@@ -167,6 +167,8 @@ def check_public(
         k_lens = k_lens.clamp(0, key.size(1)).int()
     gates_x = x.new_empty(x.size(0), steps, n, dtype=accumulation_dtype(key.dtype))
     w_c = w_ih[:, x.size(2) :]
+    for name, t in (("s_0 of state", s_0), ("c_0 of state", c_0 if mode == "LSTM" else s_0)):
+        _check(op, name, "N, H", t, tuple(s_0.shape), key, key.dtype)
     check_decoder(op, gates_x, s_0, c_0, key, value, k_lens, w_q, b_q, v, w_c, w_hh, b_hh, mode)
 
 

@@ -325,6 +325,7 @@ def _with_four_dims(name: str, argument: str, t: Tensor | None) -> Tensor | None
 
 def _seed(name: str, q: Tensor, seed: int | Tensor) -> Tensor:
     if isinstance(seed, Tensor):
+        check_vector(name, "dropout_seed", seed, q, 1, (torch.int64,))
         return seed
     if not isinstance(seed, int):
         raise TypeError(f"{name}: dropout_seed must be an int or a Tensor, got {seed!r}")

@@ -269,9 +269,12 @@ class TranslationJob(Job):
         Raises:
             ValueError: the task is not scored by BLEU, or `groups` is below 1.
         """
-        if not self.reading["bleu"] or groups < 1:
-            what = f"groups = {groups}" if self.reading["bleu"] else "a task scored by error rates"
-            raise ValueError(f"bleu_by_length needs BLEU and groups >= 1, got {what}")
+        if not self.reading["bleu"]:
+            raise ValueError(
+                f"task {self.spec.task!r} has no BLEU by length: its score is the error rate"
+            )
+        if groups < 1:
+            raise ValueError(f"groups must be at least 1, got {groups}")
         answers = references(self.part(part))
         found = dict(zip(answers, self.decode(list(answers), beam), strict=True))
         lengths = {text: len(self.source.encode(text)) for text in answers}
