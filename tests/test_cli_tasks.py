@@ -292,7 +292,9 @@ def test_reproduce(call, data, tmp_path, monkeypatch):
         for folder in (tmp_path, tmp_path / "two")
     ]
     assert [machine["threads"] for machine in machines] == [1, 2]
-    assert "threads must be at least 1, got 0" in call("reproduce", "toy", "--threads", 0, status=2)
+    assert "threads must be in 1 .. 1024, got 0" in call(
+        "reproduce", "toy", "--threads", 0, status=2
+    )
     assert "toy" in call("reproduce")
     assert "recipe must be one of" in call("reproduce", "unheard-of", status=2)
 
@@ -348,6 +350,7 @@ def test_what_train_refuses(call, run, data, tmp_path):
         "hidden=many": "seqkern: hidden must be of kind int, as 128, got 'many'",
         "source_symbols=9": "seqkern: no setting 'source_symbols'",
         "width=7": "seqkern: no setting 'width' of model 'rnnsearch'; there are",
+        "threads=100000": "seqkern: threads must be in 1 .. 1024, got 100000",
         "lr": "seqkern: a setting must be NAME=VALUE, got 'lr'",
         "bleu=foo": "seqkern: bleu must be a tokenisation of sacrebleu",
         "pad=1000": "seqkern: pad must be in 0 .. ",
@@ -376,6 +379,10 @@ def test_what_train_refuses(call, run, data, tmp_path):
     assert "needs data: the folder that holds" in call(
         "train", "rnnsearch", "--task", "multi30k-de-en", status=2
     )
+    trees = ["train", "treelstm", "--task", "listops", "--run", tmp_path / "new"]
+    line = call(*trees, "--set", "operators=[[1]]", status=2)
+    assert line.startswith("seqkern: operators must hold str, as ('MAX', ")
+    assert line.endswith("got [[1]]")
     path, corpora = tmp_path / "labelled.tsv", ["--data", "/nowhere"]
     path.write_text("a\tx\n")
     for model, task, more, message in (

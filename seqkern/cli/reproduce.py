@@ -18,6 +18,7 @@ from seqkern.cli.common import (
     progress_bar,
     user_errors,
 )
+from seqkern.tasks.options import expect_threads
 from seqkern.tasks.recipes import RECIPES
 from seqkern.tasks.reproduce import Result
 from seqkern.tasks.reproduce import reproduce as run_recipe
@@ -43,8 +44,8 @@ def reproduce(
     with user_errors():
         if seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {seeds}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        if threads is not None:
+            expect_threads(threads)
         expect_device(device)
         for seed in range(1, seeds + 1):
             folder = out / f"{recipe}-{layers}-{seed}"

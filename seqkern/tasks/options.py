@@ -11,6 +11,7 @@ from torch import nn
 
 SCHEDULES = ("cosine", "linear", "noam", "constant")
 PRECISIONS = ("float32", "bfloat16")
+MOST_THREADS = 1024  # many more end the process inside OpenMP
 SEEDS = 2**32  # a process of many makes its own of it, and 64 bits have to hold that
 
 Optimizers = dict[str, Callable[[list[nn.Parameter], "TrainOptions"], torch.optim.Optimizer]]
@@ -30,6 +31,12 @@ OPTIMIZERS: Optimizers = {
         p, o.lr, rho=0.95, eps=1e-6, weight_decay=o.weight_decay
     ),
 }
+
+
+def expect_threads(threads: int) -> None:
+    """Raises ValueError where a processor has no such number of threads."""
+    if not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads must be in 1 .. {MOST_THREADS}, got {threads}")
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,10 @@ class TrainOptions:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "average", "threads"):
+        for name in ("steps", "batch_size", "accumulate", "average"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        expect_threads(self.threads)
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         for name in ("epochs", "warmup", "weight_decay", "clip", "evaluate_every", "patience"):

@@ -85,6 +85,9 @@ def _of_kind(name: str, value: Any, default: Any) -> Any:
     """The value, as a tuple or a float where the default is one."""
     kind = type(default)
     if kind is tuple and isinstance(value, list):
+        of = type(default[0])
+        if any(type(item) is not of for item in value):
+            raise ValueError(f"{name} must hold {of.__name__}, as {default!r}, got {value!r}")
         return tuple(value)
     if kind is float and type(value) is int:
         return float(value)
