@@ -339,6 +339,10 @@ def test_reproduce_refuses_the_run_of_another_recipe(call, data, tmp_path, monke
 def test_what_train_refuses(call, run, data, tmp_path):
     line = call(*TRAIN, "--run", run, "--set", "lr=0.5", status=2)
     assert line.startswith("seqkern: lr is 0.5 here and 0.01 in")
+    for unknown in ("source_symbols=9", "model=3"):
+        line = call(*TRAIN, "--run", run, "--set", unknown, status=2)
+        name = unknown.partition("=")[0]
+        assert line.startswith(f"seqkern: no setting '{name}' of model 'rnnsearch'; there are acc")
     line = call("train", "rnnsearch", "--task", "cmudict", "--run", run, status=2)
     assert line.startswith("seqkern: task is 'cmudict' here and")
     new = [*TRAIN, "--run", tmp_path / "new"]

@@ -24,6 +24,9 @@ Beam = Annotated[int, typer.Option(help="hypotheses kept, where a model decodes;
 Layers = Annotated[
     str | None, typer.Option(help="layers of the model: seqkern or torch; seqkern for a new run")
 ]
+TrainedLayers = Annotated[
+    str | None, typer.Option(help="layers of the model: seqkern or torch; else as it was trained")
+]
 
 
 @contextmanager

@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from seqkern.cli.common import Beam, Checkpoint, Device, Layers, expect_device, user_errors
+from seqkern.cli.common import (
+    Beam,
+    Checkpoint,
+    Device,
+    TrainedLayers,
+    expect_device,
+    user_errors,
+)
 from seqkern.tasks import checkpoint as checkpoints
 from seqkern.tasks.run import result_path
 from seqkern.tasks.training import expect_same_data, restore_job
@@ -17,7 +24,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="where the run's data lies now")] = None,
     part: Annotated[str, typer.Option(help="test or dev")] = "test",
     beam: Beam = 4,
-    layers: Layers = None,
+    layers: TrainedLayers = None,
     device: Device = "cpu",
 ) -> None:
     """Print the scores of a run on its test part."""

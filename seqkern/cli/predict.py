@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from seqkern.cli.common import Beam, Checkpoint, Device, Layers, expect_device, user_errors
+from seqkern.cli.common import (
+    Beam,
+    Checkpoint,
+    Device,
+    TrainedLayers,
+    expect_device,
+    user_errors,
+)
 from seqkern.tasks import checkpoint as checkpoints
 from seqkern.tasks.job import Job
 from seqkern.tasks.lines import blank, lines_of, read_lines
@@ -28,7 +35,7 @@ def predict(
         "runs/demo/seqkern"
     ),
     beam: Beam = 4,
-    layers: Layers = None,
+    layers: TrainedLayers = None,
     device: Device = "cpu",
 ) -> None:
     """Print each text with the model's answer, a tab between them."""
@@ -44,7 +51,7 @@ def translate(
         Path | None, typer.Argument(help="a text a line; standard input where it is left out")
     ] = None,
     beam: Beam = 4,
-    layers: Layers = None,
+    layers: TrainedLayers = None,
     device: Device = "cpu",
 ) -> None:
     """Print the model's answer to each line of a file, a line each; an empty line stays one."""

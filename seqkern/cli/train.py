@@ -29,7 +29,7 @@ from seqkern.tasks.run import (
     start_log,
     stop_on_signal,
 )
-from seqkern.tasks.settings import parse_settings, resolve
+from seqkern.tasks.settings import expect_known, parse_settings, resolve
 from seqkern.tasks.training import Trainer
 
 OPTION = typer.Option
@@ -90,9 +90,8 @@ def _expect_kept(trainer: Trainer, path: Path, spec: dict[str, str], given: dict
     """Raises ValueError where a resumed run is given other settings than it began with."""
     job = trainer.job
     kept = {**vars(job.model.config), **job.reading, **vars(trainer.options), **vars(job.spec)}
+    expect_known(job.spec.model, given)
     given = {**{n: v for n, v in spec.items() if v}, **given}
-    if unknown := given.keys() - kept.keys():
-        raise ValueError(f"no setting {min(unknown)!r} of model {job.spec.model!r}")
     expect_kept(path, kept, given, "leave it out, or choose another --run")
 
 

@@ -51,11 +51,7 @@ def resolve(
         ValueError: a name is none of the model's sizes, of its task's reading or of the training;
             or a value is not of its default's kind.
     """
-    found = entry(model)
-    config, job = load(found.config), load(found.job)
-    of_training = {field.name: field.default for field in fields(TrainOptions)}
-    # What has no default comes from the data, as the number of symbols.
-    of_model = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    of_training, of_task, of_model = _defaults(model, settings)
     recipe = recipe_for(model, task)
     sizes = dict(recipe.sizes) if recipe else {}
     reading = dict(recipe.reading) if recipe else {}
@@ -65,20 +61,37 @@ def resolve(
     for name, value in settings.items():
         for chosen, defaults in (
             (options, of_training),
-            (reading, job.READING),
+            (reading, of_task),
             (sizes, of_model),
         ):
             if name in defaults:
                 chosen[name] = _of_kind(name, value, defaults[name])
                 break
-        else:
-            known = sorted({*of_training, *of_model, *job.READING})
-            raise ValueError(
-                f"no setting {name!r} of model {model!r}; there are {', '.join(known)}"
-            )
     seed = settings.get("seed", TrainOptions.seed)
     spec = JobSpec(model, task, data, layers, seed, sizes, reading)
     return spec, TrainOptions(**options)
+
+
+def expect_known(model: str, names: Iterable[str]) -> None:
+    """Raises ValueError where a model has no setting of a name."""
+    _defaults(model, names)
+
+
+def _defaults(model: str, names: Iterable[str]) -> tuple[dict[str, Any], ...]:
+    """The defaults of training, task and model, one of which has each of the names."""
+    found = entry(model)
+    of_training = {field.name: field.default for field in fields(TrainOptions)}
+    # What has no default comes from the data, as the number of symbols.
+    config = fields(load(found.config))
+    of_model = {f.name: f.default for f in config if f.default is not MISSING}
+    defaults = of_training, load(found.job).READING, of_model
+    known = {name for part in defaults for name in part}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"no setting {name!r} of model {model!r}; there are {', '.join(sorted(known))}"
+            )
+    return defaults
 
 
 def _of_kind(name: str, value: Any, default: Any) -> Any:
