@@ -5,6 +5,7 @@ The models are small and random, with weights large enough for the attention to 
 
 import copy
 import sys
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -495,5 +496,8 @@ def test_another_name_serves_too():
 
 def test_absence_of_transformers_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers 5\.23 or later"):
+    with pytest.raises(ImportError, match=r"needs transformers 5\.23 or later; pip install"):
+        register()
+    monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+    with pytest.raises(ImportError, match=r"5\.23 or later; its import failed: cannot import name"):
         register()

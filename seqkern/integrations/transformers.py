@@ -49,16 +49,18 @@ def register(name: str = "seqkern") -> None:
         name: for `attn_implementation`. Registering a name again is allowed.
 
     Raises:
-        ImportError: transformers is not installed, or is too old for these registries.
+        ImportError: transformers is not installed, is too old for these registries, or cannot be
+            imported, as where a folder `kernels` on sys.path hides what it looks for.
         TypeError: the name is no string, or an empty one.
         ValueError: the name is one of transformers' own.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
+        reason = "pip install 'seqkern[transformers]'" if missing else "its import failed"
         raise ImportError(
-            "seqkern.integrations.transformers needs transformers 5.23 or later "
-            f"(pip install 'seqkern[transformers]'), whose import failed: {error}"
+            f"register needs transformers 5.23 or later; {reason}: {error}"
         ) from error
     if not isinstance(name, str) or not name:
         raise TypeError(f"register: name must be a string that is not empty, got {name!r}")
