@@ -453,3 +453,12 @@ def test_a_trace_of_packed_sequences_refuses_longer_ones() -> None:
     assert torch.equal(traced(rows, shorter), attend(rows, shorter))
     with pytest.raises(RuntimeError, match="at least the longest sequence, 4, got 3"):
         traced(rows, longer)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_trace_of_sdpa_takes_other_lengths() -> None:
+    """No size is compared, which would warn, and be a constant of the trace."""
+    attend, (q, k, v) = seqkern.scaled_dot_product_attention, qkv()
+    traced = torch.jit.trace(attend, (q, k, v))
+    shorter = q, k[:, :, :4], v[:, :, :4]
+    assert torch.equal(traced(*shorter), attend(*shorter))
