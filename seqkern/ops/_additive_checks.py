@@ -97,6 +97,7 @@ def check_additive_backward(
     o: Tensor,
     lse: Tensor,
     query: Tensor,
+    key: Tensor,
     value: Tensor,
 ) -> None:
     """What the backward takes besides the forward's arguments.

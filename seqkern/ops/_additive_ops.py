@@ -65,7 +65,7 @@ def _reference(*args):
 def _reference_backward(*args):
     op = "additive_attention_backward"
     check_additive(op, *args[5:-5])
-    check_additive_backward(op, *args[:6], args[7])
+    check_additive_backward(op, *args[:8])
     grads = reference.additive_attention_backward(*args)
     # Nothing may alias another result, as the placeholders of what is not needed would.
     return tuple(
