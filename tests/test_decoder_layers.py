@@ -45,6 +45,17 @@ def output(state) -> Tensor:
     return state[0] if isinstance(state, tuple) else state
 
 
+def assert_same(decoder: AttentionDecoder, results: tuple, expected: tuple) -> None:
+    """Results of two ways through the decoder, and their gradients by its parameters."""
+    torch.testing.assert_close(results, expected, rtol=1e-10, atol=1e-12)
+    parameters = list(decoder.parameters())
+    ours, theirs = (
+        torch.autograd.grad(sum(t.square().sum() for t in r[:3]), parameters)
+        for r in (results, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
 @every_cell
 @every_attention
 def test_is_attention_then_cell_at_every_step(cell: str, attention: str) -> None:
@@ -58,13 +69,7 @@ def test_is_attention_then_cell_at_every_step(cell: str, attention: str) -> None
         state = decoder.cell(torch.cat([x_i, c.flatten(0, 1)], -1), state)
         steps.append((output(state), c.flatten(0, 1), a.flatten(0, 1)))
     expected = (*(torch.stack(t, 1) for t in zip(*steps, strict=True)), state)
-    torch.testing.assert_close(results, expected, rtol=1e-10, atol=1e-12)
-    parameters = list(decoder.parameters())
-    ours, theirs = (
-        torch.autograd.grad(sum(t.square().sum() for t in r[:3]), parameters)
-        for r in (results, expected)
-    )
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert_same(decoder, results, expected)
 
 
 @every_cell
@@ -76,13 +81,7 @@ def test_one_step_after_another_is_the_one_call(cell: str, monkeypatch) -> None:
     monkeypatch.setattr("seqkern.nn.decoder.only_attention", lambda device: True)
     monkeypatch.setattr("seqkern.nn.decoder.attention_decoder", None)
     results = decoder(x, state, key, value, k_lens=lens)
-    torch.testing.assert_close(results, expected, rtol=1e-10, atol=1e-12)
-    parameters = list(decoder.parameters())
-    ours, theirs = (
-        torch.autograd.grad(sum(t.square().sum() for t in r[:3]), parameters)
-        for r in (results, expected)
-    )
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert_same(decoder, results, expected)
 
 
 def test_a_gpu_has_kernels_for_the_attention_alone() -> None:
