@@ -30,7 +30,11 @@ Results = dict[str, Tensor]
 
 
 def arguments(mode: str, T: int, B: int, I: int, H: int, D: int, dtype, bias: bool = True):
-    x, h0, c0, weights = layer_arguments(mode, T, B, I, H, D=D, dtype=dtype)
+    x, h0, c0, weights = layer_arguments(mode, T, B, max(I, 1), H, D=D, dtype=dtype)
+    if I == 0:  # cells may have no inputs, layers of torch.nn may not
+        x = x[..., :0]
+        first = range(0, len(weights), len(weights) // D)
+        weights = [w[:, :0] if i in first else w for i, w in enumerate(weights)]
     if not bias:
         weights = [w for w in weights if w.dim() == 2]
     return x, h0, c0, weights
@@ -199,7 +203,10 @@ def test_any_order_of_blocks_gives_the_same_bits(mode: str, kind: Kind) -> None:
 @pytest.mark.parametrize("skeleton", ["block", "cluster", "grid"])
 @every_kind
 @every_mode
-def test_a_row_has_the_same_bits_in_any_batch(mode: str, kind: Kind, skeleton: str) -> None:
+def test_a_row_has_the_same_bits_in_any_batch(mode, kind: Kind, skeleton: str, monkeypatch) -> None:
+    """As far as the launch goes: PyTorch's products around it promise no bits, and are rounded from
+    float64 here."""
+    monkeypatch.setattr(block, "product", lambda a, b: (a.double() @ b.double()).float())
     T, B, H = 3, 11, 20
     whole = Problem(mode, kind, T=T, B=B, H=H, D=2)
     expected = whole.block(0, skeleton)
