@@ -221,7 +221,7 @@ RECIPES: dict[str, Recipe] = {
         target=0.965,
         published="0.970, slot-gated BLSTM, jointly with slots",
         source="NLP-progress, intent detection and slot filling (Goo et al., 2018)",
-        options=_ADAM | {"epochs": 4, "patience": 4},
+        options=_ADAM | {"epochs": 6, "patience": 6, "average": 3},
     ),
     "self-attentive-trec": Recipe(
         "self-attentive",
