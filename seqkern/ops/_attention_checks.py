@@ -267,14 +267,6 @@ def check_scale(op: str, scale: float | torch.SymFloat) -> None:
         raise ValueError(f"{op}: scale must be finite, got {scale}")
 
 
-def autocast_dtype(t: Tensor) -> torch.dtype | None:
-    """What autocast makes of tensors on the device of `t`; None where it is off."""
-    device = t.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def number(op: str, name: str, value: Any) -> float:
     """An argument that is a number; or a tensor of one, as PyTorch takes it, without a gradient."""
     if isinstance(value, Tensor) and value.dim() == 0:

@@ -18,6 +18,14 @@ def check_tensor(op: str, name: str, t: object) -> None:
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
 
 
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """What autocast makes of tensors on the device of `t`; None where it is off."""
+    device = t.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def check_shape(op: str, name: str, symbols: str, t: Tensor, shape: tuple) -> None:
     if t.shape != shape:
         raise ValueError(f"{op}: {name} must be ({symbols}) = {tuple(shape)}, got {tuple(t.shape)}")

@@ -13,7 +13,7 @@ from seqkern.ops import _additive_ops as _additive_ops
 from seqkern.ops._additive_autograd import DERIVED, AdditiveAttention
 from seqkern.ops._additive_checks import check_additive, check_mask, check_sequences
 from seqkern.ops._attention_checks import check_scale, check_vector, number
-from seqkern.ops._checks import check_tensor
+from seqkern.ops._checks import autocast_dtype, check_tensor
 from seqkern.ops._derivatives import (
     in_plain_operations,
     only_plain_operations,
@@ -146,10 +146,9 @@ def normalized(v: Tensor, g: Tensor) -> Tensor:
 
 
 def _autocast(tensors: tuple) -> tuple:
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 

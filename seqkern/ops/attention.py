@@ -13,7 +13,6 @@ from seqkern.ops._attention_autograd import DERIVED, LENGTHS, Attention
 from seqkern.ops._attention_checks import (
     INT,
     as_slopes,
-    autocast_dtype,
     check_attention,
     check_kind,
     check_lengths,
@@ -28,7 +27,7 @@ from seqkern.ops._attention_checks import (
     whole,
 )
 from seqkern.ops._attention_ops import choose
-from seqkern.ops._checks import check_tensor
+from seqkern.ops._checks import autocast_dtype, check_tensor
 from seqkern.ops._derivatives import (
     in_plain_operations,
     only_plain_operations,

@@ -10,9 +10,9 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from seqkern.ops._attention_checks import as_slopes, autocast_dtype, int32, number, positive, sides
+from seqkern.ops._attention_checks import as_slopes, int32, number, positive, sides
 from seqkern.ops._attention_ops import MAX_HEAD, refusal
-from seqkern.ops._checks import check_tensor
+from seqkern.ops._checks import autocast_dtype, check_tensor
 from seqkern.ops._decode_checks import (
     MAX_SPLITS,
     check_append,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 from torch.nn import functional as F
 
-from seqkern.ops._checks import check_shape
+from seqkern.ops._checks import autocast_dtype, check_shape
 from seqkern.ops._decoder_autograd import DERIVED, GRADS, SAVED, Decoder, register
 from seqkern.ops._decoder_checks import (
     check_decoder,
@@ -166,7 +166,7 @@ def attention_decoder(
     """
     if _is_any_autocast_enabled() and isinstance(key, Tensor):
         given = (x, state, key, value, attention, cell)
-        x, state, key, value, attention, cell = _autocast(given, key.device.type)
+        x, state, key, value, attention, cell = _autocast(given, key)
     try:
         (w_q, b_q, v), (w_ih, w_hh, b_ih, b_hh) = attention, cell
         s_0, c_0 = state if mode == "LSTM" else (state, None)
@@ -200,11 +200,11 @@ def _input_gates(x: Tensor, w_x: Tensor, b_ih: Tensor | None) -> Tensor:
         return F.linear(x.to(acc), w_x.to(acc), None if b_ih is None else b_ih.to(acc))
 
 
-def _autocast(given: Any, device: str) -> Any:
+def _autocast(given: Any, like: Tensor) -> Any:
     """The same with its floating tensors but those of float64 in autocast's dtype."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(like)
+    if dtype is None:
         return given
-    dtype = torch.get_autocast_dtype(device)
 
     def cast(t: Any) -> Any:
         if isinstance(t, tuple | list):

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqkern.ops import _recurrent_block as block
 from seqkern.ops._attention_explain import AttentionExplanation, explain_attention
+from seqkern.ops._checks import autocast_dtype
 from seqkern.ops._derivatives import only_plain_operations
 from seqkern.ops.choice import Choice, Sizes, has_native_kernel, instructions
 from seqkern.ops.recurrent import needs_grad
@@ -155,7 +156,4 @@ def _mode_of(layer: Any, cell: bool) -> str:
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype

@@ -25,6 +25,7 @@ from torch.compiler import is_compiling
 from seqkern.ops import _recurrent_block as block
 from seqkern.ops import _recurrent_steps as steps
 from seqkern.ops._checks import (
+    autocast_dtype,
     check_batch_sizes,
     check_mode,
     check_recurrent,
@@ -252,10 +253,9 @@ def recurrent(
 
 
 def _autocast(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]):
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(x)
+    if dtype is None:
         return x, h0, c0, weights
-    dtype = torch.get_autocast_dtype(device)
 
     def cast(t: Tensor) -> Tensor:
         return t if t.dtype == torch.float64 or not t.dtype.is_floating_point else t.to(dtype)
