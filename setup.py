@@ -32,6 +32,7 @@ CXX_FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 STABLE_ABI_FLAGS = ["-DPy_LIMITED_API=0x030B0000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 OPTIMISE = {"": ["-O2", "-DNDEBUG"], "address": ["-O1", "-g", "-fsanitize=address"]}
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
+OLDEST_ARCH = 8  # compute capability: cp.async, and tensor cores that take bf16 and TF32
 CUDA_SOURCES = ["csrc/torch/*_cuda.cpp", "csrc/core/cuda/*.cu"]
 
 
@@ -82,16 +83,24 @@ def plan_cuda(mode: str, cuda_sources: list[str], torch_cuda: str | None, home: 
 
 
 def gencode_flags(arch_list: str) -> list[str]:
-    """nvcc's -gencode flags for a list like "8.0;9.0a;10.0+PTX"."""
+    """nvcc's -gencode flags for a list like "8.0;9.0a;10.0+PTX".
+
+    Older cards than the kernels are written for are passed over: containers export long lists.
+    """
     flags = []
     for arch in re.split(r"[;,\s]+", arch_list.strip("; ")):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if match is None:
             raise fail(f"TORCH_CUDA_ARCH_LIST: expected items like 9.0a or 8.0+PTX, got {arch!r}")
+        if int(match[1]) < OLDEST_ARCH:
+            print(f"seqkern: CUDA kernels: not for {arch}, they need {OLDEST_ARCH}.0", flush=True)
+            continue
         number = match[1] + match[2] + match[3]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[4]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    if not flags:
+        raise fail(f"TORCH_CUDA_ARCH_LIST: expected {OLDEST_ARCH}.0 or newer in {arch_list!r}")
     return flags
 
 

@@ -230,6 +230,14 @@ def test_cuda_architectures():
         flags("8.0;hopper")
 
 
+def test_older_architectures_are_passed_over(capsys):
+    flags = load_setup().gencode_flags
+    assert flags("6.1;7.5+PTX;8.0") == flags("8.0")
+    assert "not for 7.5+PTX, they need 8.0" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"expected 8.0 or newer in '7.0 7.5'"):
+        flags("7.0 7.5")
+
+
 def test_kernels_package_refuses_another_name():
     path = ROOT / "kernels/__init__.py"
     spec = importlib.util.spec_from_file_location("kernels", path)

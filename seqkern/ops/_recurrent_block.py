@@ -36,7 +36,7 @@ def by_kind(weights: list[Tensor], directions: int) -> BlockWeights:
 
 @functools.cache
 def built(device: int) -> bool:
-    """Whether the kernels were compiled for a device."""
+    """Whether the kernels were compiled for a device and its driver runs them."""
     return torch.ops.seqkern.recurrent_step_built(device)
 
 
@@ -47,7 +47,10 @@ def refusal(dtype: torch.dtype, proj: bool, device: int) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the CUDA kernels take float32, bfloat16 and float16, not {dtype}"
     if not built(device):
-        return "no CUDA kernel was compiled for this GPU (they need compute capability 8.0)"
+        return (
+            "no CUDA kernel was compiled for this GPU (they need compute capability 8.0), or its "
+            "driver is older than the CUDA they were compiled with"
+        )
     return None
 
 

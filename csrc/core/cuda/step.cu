@@ -54,7 +54,11 @@ const char* launch(Mode mode, Type type, Call p, int device, void* stream) {
 const char* has_steps(int device, bool* found) {
   int before = 0;
   cudaFuncAttributes compiled{};
+  *found = false;
   cudaError_t error = cudaGetDevice(&before);
+  // PyTorch brings a runtime of its own, which may be older than this library's and go with the
+  // driver that is there.
+  if (error == cudaErrorInsufficientDriver) return nullptr;
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   error = cudaFuncGetAttributes(&compiled, kernel<Mode::lstm, float, 1>(StepForward{}));

@@ -57,7 +57,8 @@ inline bool whole_words(const StepBackward& p, int64_t size) {
   return all % 16 == 0;
 }
 
-// Whether the kernels were compiled for a device. Null, or what went wrong, which is no answer.
+// Whether the kernels were compiled for a device and its driver runs them. Null, or what went
+// wrong, which is no answer.
 const char* has_steps(int device, bool* found);
 
 // Queue one step on `stream` (a cudaStream_t) of `device`, which is to be the current one. Sizes
