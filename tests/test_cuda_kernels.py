@@ -318,7 +318,7 @@ def cuda_ops(monkeypatch: pytest.MonkeyPatch):
     launch("recurrent_step", Emulator().step)
     launch("recurrent_step_backward", Emulator().step_backward)
 
-    def room(mode: str, products: str, hidden: int, device: int) -> str:
+    def room(mode: str, products: str, hidden: int, backward: bool, device: int) -> str:
         kinds: dict[str, Kind] = {"16 bit": torch.bfloat16, "float32": torch.float32}
         return "block" if fits(mode, kinds.get(products, products), hidden, 163 << 10) else ""
 
@@ -351,13 +351,36 @@ def test_the_kernels_that_the_ops_have_on_cuda(cuda_ops, dtype, H: int, skeleton
     assert launched == (names if skeleton else [])
 
 
+@every_mode
+@pytest.mark.parametrize("backward", [False, True])
+def test_one_pass_may_go_step_by_step(cuda_ops, monkeypatch, mode: str, backward: bool) -> None:
+    """The one that is `backward`, or the forward alone."""
+    ops, launched = cuda_ops
+    rooms = {backward: "", not backward: "block"}
+    monkeypatch.setattr(block, "room", lambda mode, products, H, which, device: rooms[which])
+    p = Problem(mode, torch.float32, lengths=(3, 2), H=5, D=2)
+    args = (p.x, p.batch_sizes, p.h0, p.c0, p.weights)
+    out = ops._recurrent_cuda(*args, mode)
+    grads = ops._recurrent_backward_cuda(*p.grads, *args, out[0], *out[3:], mode, True, True)
+    p.assert_right(named(out, grads))
+    steps_of, at_once = ("_backward", "") if backward else ("", "_backward")
+    names = [f"recurrent_block{at_once}", *[f"recurrent_step{steps_of}"] * 6]
+    assert sorted(launched) == sorted(names)
+    told = block.reason(mode, torch.float32, 5, True, 0).split("; ")
+    assert told[not backward].split(": ")[1].startswith("all steps run in one launch")
+    assert told[backward].split(": ")[1] == "a product and a launch for each step"
+    assert block.reason(mode, torch.float32, 5, False, 0) in told[0]
+
+
 def test_what_a_layer_runs_is_explained(cuda_ops) -> None:
     assert block.refusal(torch.bfloat16, False, 0) is None
     assert "projection" in (block.refusal(torch.bfloat16, True, 0) or "")
     assert "float64" in (block.refusal(torch.float64, False, 0) or "")
     assert "no CUDA kernel was compiled" in (block.refusal(torch.bfloat16, False, 1) or "")
-    assert block.reason("LSTM", torch.bfloat16, 144, 0).endswith("thread blocks: block")
-    assert "step: W_hh of 145 units does not fit" in block.reason("LSTM", torch.bfloat16, 145, 0)
-    assert block.reason("LSTM", torch.float32, 88, 0).endswith(": block")
+    assert block.reason("LSTM", torch.bfloat16, 144, False, 0).endswith(": block")
+    assert "step: W_hh of 145 units does not fit" in block.reason(
+        "LSTM", torch.bfloat16, 145, True, 0
+    )
+    assert block.reason("LSTM", torch.float32, 88, True, 0).endswith(": block, block")
     with torch.backends.cudnn.flags(allow_tf32=True):
-        assert block.reason("LSTM", torch.float32, 96, 0).endswith(": block, in TF32")
+        assert block.reason("LSTM", torch.float32, 96, True, 0).endswith("block, in TF32")

@@ -85,10 +85,10 @@ def test_every_skeleton_is_among_the_sizes(kind: Kind) -> None:
         pytest.skip("older cards have no clusters")
     dtype = torch.float32 if isinstance(kind, str) else kind
     with torch.backends.cudnn.flags(allow_tf32=kind == "tf32"):
-        rooms = [block.room("LSTM", block.products(dtype), H, 0) for H in HIDDEN]
-    assert "" in rooms
-    for words in zip(*(room.split(", ") for room in rooms if room), strict=True):
-        assert {word.split()[0] for word in words} == {"block", "cluster", "grid"}
+        products = block.products(dtype)
+        for backward in (False, True):
+            rooms = [block.room("LSTM", products, H, backward, 0) for H in HIDDEN]
+            assert {room.partition(" ")[0] for room in rooms} == {"block", "cluster", "grid", ""}
 
 
 def test_same_bits_again() -> None:

@@ -225,26 +225,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(Optional dy, Optional dh_n, Optional
   return {dg, dh0, dc0};
 }
 
-// By which skeletons the forward and the backward of a layer of `hidden` units run on a device,
-// such as "cluster of 12, grid of 34"; "" where one of them does not. What matters of the products
-// is "float32", "tf32" or "16 bit".
-std::string room_in_words(std::string mode, std::string products, int64_t hidden, int64_t device) {
+// By which skeleton the forward or the backward of a layer of `hidden` units runs on a device, such
+// as "cluster of 12"; "" where it does not. What matters of the products is "float32", "tf32" or
+// "16 bit".
+std::string room_in_words(std::string mode, std::string products, int64_t hidden, bool backward,
+                          int64_t device) {
   STD_TORCH_CHECK(products == "float32" || products == "tf32" || products == "16 bit",
                   "recurrent_block: products must be \"float32\", \"tf32\" or \"16 bit\", got \"",
                   products, "\"");
   const Type type = products == "tf32"      ? Type::tf32
                     : products == "float32" ? Type::f32
                                             : Type::bf16;
-  std::string words;
-  for (const bool backward : {false, true}) {
-    const Room room = room_of(mode_of(mode, kOp), type, hidden, backward, int32_t(device));
-    if (room.slices == 0) return "";
-    const char* names[] = {"block", "cluster", "grid"};
-    words += backward ? ", " : "";
-    words += names[int(room.plan.skeleton)];
-    if (room.plan.members > 1) words += " of " + std::to_string(room.plan.members);
-  }
-  return words;
+  const Room room = room_of(mode_of(mode, kOp), type, hidden, backward, int32_t(device));
+  if (room.slices == 0) return "";
+  const char* names[] = {"block", "cluster", "grid"};
+  const std::string name = names[int(room.plan.skeleton)];
+  return room.plan.members > 1 ? name + " of " + std::to_string(room.plan.members) : name;
 }
 
 }  // namespace
@@ -259,7 +255,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqkern, m) {
       " Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor y, Tensor gates, Tensor cells, str mode,"
       " bool tf32)"
       " -> (Tensor dg, Tensor dh0, Tensor dc0)");
-  m.def("recurrent_block_room(str mode, str products, int hidden, int device) -> str");
+  m.def(
+      "recurrent_block_room(str mode, str products, int hidden, bool backward, int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CompositeExplicitAutograd, m) {

@@ -7,9 +7,11 @@ emulated ones in the tests.
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqkern.reference.cells import GATES
@@ -64,38 +66,46 @@ def products(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def room(mode: str, products: str, hidden: int, device: int) -> str:
-    """How forward and backward are spread over a device that holds all of W_hh, in words such as
-    "cluster of 12, grid of 34"; "" where it does not hold it. The answer does not change, and
-    asking for it takes microseconds; an error, as of full memory, is none, and not kept."""
-    return torch.ops.seqkern.recurrent_block_room(mode, products, hidden, device)
+def room(mode: str, products: str, hidden: int, backward: bool, device: int) -> str:
+    """How a pass is spread over a device that holds all of W_hh, in words such as "cluster of 12";
+    "" where it does not hold it. The answer does not change, and asking for it takes
+    microseconds; an error, as of full memory, is none, and not kept."""
+    return torch.ops.seqkern.recurrent_block_room(mode, products, hidden, backward, device)
 
 
-def fits(mode: str, dtype: torch.dtype, hidden: int, device: int) -> bool:
-    """Whether all steps run in one launch; else each takes one, by _recurrent_steps."""
-    return bool(room(mode, products(dtype), hidden, device))
+def fits(mode: str, dtype: torch.dtype, hidden: int, backward: bool, device: int) -> bool:
+    """Whether all steps of a pass run in one launch; else each takes one, by _recurrent_steps."""
+    return bool(room(mode, products(dtype), hidden, backward, device))
 
 
-def reason(mode: str, dtype: torch.dtype, hidden: int, device: int) -> str:
+def reason(mode: str, dtype: torch.dtype, hidden: int, training: bool, device: int) -> str:
     """How a layer that is not refused runs on a device, for `explain`."""
     how = products(dtype)
-    if words := room(mode, how, hidden, device):
-        words = f"{words}, in TF32" if how == "tf32" else words
-        return f"all steps run in one launch, W_hh stays in the thread blocks: {words}"
-    return (
-        f"a product and a launch for each step: W_hh of {hidden} units does not fit the thread "
-        "blocks that this GPU runs together"
-    )
+    passes = {"forward": False} | ({"backward": True} if training else {})
+    rooms = {name: room(mode, how, hidden, which, device) for name, which in passes.items()}
+
+    def told(words: str) -> str:
+        if words:
+            words = f"{words}, in TF32" if how == "tf32" else words
+            return f"all steps run in one launch, W_hh stays in the thread blocks: {words}"
+        return (
+            f"a product and a launch for each step: W_hh of {hidden} units does not fit the thread "
+            "blocks that this GPU runs together"
+        )
+
+    if all(rooms.values()) or not any(rooms.values()):
+        return told(", ".join(filter(None, rooms.values())))
+    return "; ".join(f"{name}: {told(words)}" for name, words in rooms.items())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, also of 16-bit matrices: rounding it before more is added would cost bits."""
-    with keep_dtypes(a.device):
-        if a.dtype == torch.float32:
-            return a @ b
-        if a.is_cuda:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return a.float() @ b.float()
+    """a b in float32, also of 16-bit matrices: rounding it before more is added would cost bits.
+    Autocast has to be off."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def forward(
@@ -112,12 +122,13 @@ def forward(
     directions = h0.size(0)
     w = by_kind(weights, directions)
     w_ih = w.w_ih[0] if directions == 1 else torch.cat(w.w_ih)
-    gx = product(x.flatten(0, -2), w_ih.t())
     states = h0.contiguous(), None if c0 is None else c0.contiguous()
     tf32 = products(x.dtype) == "tf32"
-    y, h_n, c_n, gates, cells = launch(
-        gx, batch_sizes, *states, w.w_hh, w.b_ih, w.b_hh, mode, save, tf32
-    )
+    with keep_dtypes(x.device):
+        gx = product(x.flatten(0, -2), w_ih.t())
+        y, h_n, c_n, gates, cells = launch(
+            gx, batch_sizes, *states, w.w_hh, w.b_ih, w.b_hh, mode, save, tf32
+        )
     return y.view(*x.shape[:-1], y.size(-1)), h_n, c_n, gates, cells
 
 
@@ -144,24 +155,26 @@ def backward(
     states = h0.contiguous(), None if c0 is None else c0.contiguous()
     kept = (y, saved[1].contiguous(), saved[2].contiguous())
     tf32 = products(x.dtype) == "tf32"
-    dg, dh0, dc0 = launch(dy, *dstates, batch_sizes, *states, w.w_hh, *kept, mode, tf32)
-
-    n = GATES[mode] * hidden
-    dax = dg[..., :n]
-    # Of the GRU's four columns r z nx nh the recurrent product has r z nh.
-    dah = torch.cat([dg[..., : n - hidden], dg[..., n:]], -1) if mode == "GRU" else dg
-    dx = x.new_empty(0)
-    if need_dx:
-        total = product(dax[0], w.w_ih[0])
-        if directions == 2:
-            total = total + product(dax[1], w.w_ih[1])
-        dx = total.to(x.dtype).view(x.shape)
-    dweights: list[Tensor] = []
-    for d in range(directions) if need_dw else ():
-        h_prev = previous(y[:, d * hidden : (d + 1) * hidden], h0[d], batch_sizes, d == 1)
-        dweights += [product(dax[d].t(), inputs), product(dah[d].t(), h_prev)]
-        if w.b_ih:
-            dweights += [g.sum(0, dtype=torch.float32) for g in (dax[d], dah[d])]
+    with keep_dtypes(x.device):
+        dg, dh0, dc0 = launch(dy, *dstates, batch_sizes, *states, w.w_hh, *kept, mode, tf32)
+        n = GATES[mode] * hidden
+        dax = dg[..., :n]
+        # Of the GRU's four columns r z nx nh the recurrent product has r z nh.
+        dah = torch.cat([dg[..., : n - hidden], dg[..., n:]], -1) if mode == "GRU" else dg
+        dx = x.new_empty(0)
+        if need_dx:
+            total = product(dax[0], w.w_ih[0])
+            if directions == 2:
+                total = total + product(dax[1], w.w_ih[1])
+            dx = total.to(x.dtype).view(x.shape)
+        dweights: list[Tensor] = []
+        for d in range(directions) if need_dw else ():
+            h_prev = previous(y[:, d * hidden : (d + 1) * hidden], h0[d], batch_sizes, d == 1)
+            dweights += [product(dax[d].t(), inputs), product(dah[d].t(), h_prev)]
+            if w.b_ih:
+                db = dg[d].sum(0, dtype=torch.float32)
+                of_h = torch.cat([db[: n - hidden], db[n:]]) if mode == "GRU" else db.clone()
+                dweights += [db[:n], of_h]
     return dx, dh0, dc0, [g.to(x.dtype) for g in dweights]
 
 
@@ -171,15 +184,13 @@ def previous(y: Tensor, h0: Tensor, batch_sizes: Tensor | None, backwards: bool)
     if batch_sizes is None:
         pieces = [y[batch:], h0] if backwards else [h0, y[: y.size(0) - batch]]
         return torch.cat(pieces)
-    sizes = batch_sizes.tolist()
-    offsets = (batch_sizes.cumsum(0) - batch_sizes).tolist()
+    rows, sizes = torch.arange(y.size(0)), batch_sizes
+    of_row = partial(torch.repeat_interleave, repeats=sizes)
     # Places in [y; h0]: of the step before in the walk, or of the initial state.
-    places = []
-    for t, size in enumerate(sizes):
-        before = t + 1 if backwards else t - 1
-        alive = sizes[before] if 0 <= before < len(sizes) else 0
-        carried = min(size, alive)
-        start = offsets[before] if carried else 0
-        places.append(torch.arange(carried) + start)
-        places.append(torch.arange(carried, size) + y.size(0))
-    return torch.cat([y, h0])[torch.cat(places).to(y.device)]
+    b = rows - of_row(sizes.cumsum(0) - sizes)
+    if backwards:
+        carried, before = b < of_row(F.pad(sizes[1:], (0, 1))), rows + of_row(sizes)
+    else:
+        carried, before = rows >= batch, rows - of_row(F.pad(sizes[:-1], (1, 0)))
+    places = torch.where(carried, before, b + y.size(0))
+    return torch.cat([y, h0])[places.to(y.device)]

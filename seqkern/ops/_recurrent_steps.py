@@ -4,15 +4,13 @@ in PyTorch and one launch for all the rest of it.
 `forward` and `backward` stand where the launches of all steps do, in _recurrent_block.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from seqkern.ops._recurrent_block import product
 from seqkern.reference.cells import GATES
-from seqkern.reference.recurrent import steps
 
 Step = Callable[..., None]
 
@@ -21,6 +19,11 @@ def _sizes(batch_sizes: Tensor | None, rows: int, batch: int) -> list[int]:
     if batch_sizes is None:
         return [batch] * (rows // batch) if batch else []
     return batch_sizes.tolist()
+
+
+def _of_steps(t: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
+    """The rows of each step."""
+    return [None] * len(sizes) if t is None else t.split(sizes)
 
 
 def forward(
@@ -43,21 +46,19 @@ def forward(
     c = None if c0 is None else c0.to(torch.float32, copy=True)
     gates = h0.new_empty(directions, n, 4 * hidden) if save and mode in ("LSTM", "GRU") else None
     cells = h0.new_empty(directions, n, hidden) if save and c is not None else None
-    width = GATES[mode] * hidden
+    width, sizes = GATES[mode] * hidden, _sizes(batch_sizes, n, batch)
     for d in range(directions):
-        bias = (b_ih[d], b_hh[d]) if b_ih else (None, None)
-        for b, at in steps(_sizes(batch_sizes, n, batch), backwards=d == 1):
-            step(
-                gx[at, d * width : (d + 1) * width],
-                product(h[d, :b], w_hh[d].t()),
-                *bias,
-                h[d, :b],
-                None if c is None else c[d, :b],
-                y[at, d * hidden : (d + 1) * hidden],
-                None if gates is None else gates[d, at],
-                None if cells is None else cells[d, at],
-                mode,
-            )
+        bias, w = (b_ih[d], b_hh[d]) if b_ih else (None, None), w_hh[d].t()
+        state, cell = h[d], None if c is None else c[d]
+        # Cut up before the loop, whose steps are short.
+        x_of = _of_steps(gx[:, d * width : (d + 1) * width], sizes)
+        y_of = _of_steps(y[:, d * hidden : (d + 1) * hidden], sizes)
+        gates_of, cells_of = (_of_steps(None if k is None else k[d], sizes) for k in (gates, cells))
+        for t in reversed(range(len(sizes))) if d == 1 else range(len(sizes)):
+            h_t = state[: sizes[t]]
+            c_t = None if cell is None else cell[: sizes[t]]
+            products = product(h_t, w)
+            step(x_of[t], products, *bias, h_t, c_t, y_of[t], gates_of[t], cells_of[t], mode)
     c_n, gates, cells = (h0.new_empty(0) if t is None else t for t in (c, gates, cells))
     return y, h, c_n.to(h0.dtype), gates, cells
 
@@ -85,31 +86,41 @@ def backward(
     dc = None if c0 is None else _state(dc_n, h0)
     # The GRU's product with W_hh has the columns r, z and nh of r z nx nh, side by side.
     dah = h0.new_empty(batch, 3 * hidden) if gru else None
+    sizes = _sizes(batch_sizes, y.size(0), batch)
     for d in range(directions):
-        own = slice(d * hidden, (d + 1) * hidden)
-        states, initial = (y[:, own], h0[d]) if c0 is None else (cells[d], c0[d])
-        walk = steps(_sizes(batch_sizes, y.size(0), batch), backwards=d == 0)
-        sums = dh.new_empty(0, hidden)
-        for (b, at), (b_before, before) in pairwise([*walk, (0, slice(0, 0))]):
+        w, own = w_hh[d], y[:, d * hidden : (d + 1) * hidden]
+        states, initial = (own, h0[d]) if c0 is None else (cells[d], c0[d])
+        dstate, dcell = dh[d], None if dc is None else dc[d]
+        # What the cell of each step reads.
+        dy_of = _of_steps(None if dy is None else dy[:, d * hidden : (d + 1) * hidden], sizes)
+        gates_of = _of_steps(None if rnn else gates[d], sizes)
+        cells_of = _of_steps(None if c0 is None else cells[d], sizes)
+        states_of = _of_steps(None if rnn else states, sizes)
+        y_of, dg_of = _of_steps(own if rnn else None, sizes), dg[d].split(sizes)
+        order = list(range(len(sizes)))[:: 1 if d == 1 else -1]
+        sums, none = dh.new_empty(0, hidden), states[:0]
+        for t, before in zip(order, [*order, None][1:], strict=True):
+            b = sizes[t]
             if sums.size(0) > b:  # rows of the reverse direction that began there
-                dh[d, b : sums.size(0)] += sums[b:]
-            carried = slice(before.start, before.start + min(b, b_before))
+                dstate[b : sums.size(0)] += sums[b:]
+            carried = none if before is None or rnn else states_of[before][:b]
+            dah_t = None if dah is None else dah[:b]
             step(
-                None if dy is None else dy[at, own],
+                dy_of[t],
                 sums[:b],
-                dh[d, :b],
-                None if dc is None else dc[d, :b],
-                None if rnn else gates[d, at],
-                None if c0 is None else cells[d, at],
-                None if rnn else states[carried],
+                dstate[:b],
+                None if dcell is None else dcell[:b],
+                gates_of[t],
+                cells_of[t],
+                None if rnn else carried,
                 None if rnn else initial[:b],
-                y[at, own] if rnn else None,
-                dg[d, at],
-                None if dah is None else dah[:b],
+                y_of[t],
+                dg_of[t],
+                dah_t,
                 mode,
             )
-            sums = product(dg[d, at] if dah is None else dah[:b], w_hh[d])
-        dh[d, : sums.size(0)] += sums
+            sums = product(dg_of[t] if dah_t is None else dah_t, w)
+        dstate[: sums.size(0)] += sums
     dc0 = h0.new_empty(0) if dc is None else dc.to(h0.dtype)
     return dg, dh.to(h0.dtype), dc0
 

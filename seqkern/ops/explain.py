@@ -133,7 +133,7 @@ def _recurrent_choice(
         return Choice("native", "seqkern's own kernel serves every shape")
     if refusal := block.refusal(dtype, proj, x.get_device()):
         return Choice("reference", refusal)
-    return Choice("native", block.reason(mode, dtype, hidden, x.get_device()))
+    return Choice("native", block.reason(mode, dtype, hidden, op == "recurrent", x.get_device()))
 
 
 def _steps_and_rows(layer: Any, x: Tensor, cell: bool) -> tuple[int, int]:

@@ -107,7 +107,10 @@ def _recurrent_cuda(x, batch_sizes, h0, c0, weights, mode, save=True):
     check_recurrent("recurrent", mode, x, batch_sizes, h0, c0, weights)
     if block.refusal(x.dtype, _has_projection(h0, weights), x.get_device()):
         return _recurrent(x, batch_sizes, h0, c0, weights, mode)
-    launch, _ = _launches("recurrent", mode, x, batch_sizes, h0)
+    launch = torch.ops.seqkern.recurrent_block.default
+    if not block.fits(mode, x.dtype, h0.size(2), False, x.get_device()):
+        _check_steps("recurrent", x, batch_sizes, h0)
+        launch = partial(steps.forward, torch.ops.seqkern.recurrent_step.default)
     return block.forward(launch, x, batch_sizes, h0, c0, weights, mode, save)
 
 
@@ -124,7 +127,10 @@ def _recurrent_backward_cuda(
     check_recurrent_backward(op, mode, x, h0, weights, grads, saved)
     if block.refusal(x.dtype, _has_projection(h0, weights), x.get_device()):
         return _recurrent_backward(*grads, *args, *saved, mode, need_dx, need_dw)
-    _, launch = _launches(op, mode, x, batch_sizes, h0)
+    launch = torch.ops.seqkern.recurrent_block_backward.default
+    if not block.fits(mode, x.dtype, h0.size(2), True, x.get_device()):
+        _check_steps(op, x, batch_sizes, h0)
+        launch = partial(steps.backward, torch.ops.seqkern.recurrent_step_backward.default)
     return block.backward(launch, grads, *args, saved, mode, need_dx, need_dw)
 
 
@@ -132,14 +138,10 @@ def _has_projection(h0, weights) -> bool:
     return len(weights) // h0.size(0) % 2 == 1
 
 
-def _launches(op, mode, x, batch_sizes, h0) -> tuple[block.Forward, block.Backward]:
-    ops = torch.ops.seqkern
-    if block.fits(mode, x.dtype, h0.size(2), x.get_device()):
-        return ops.recurrent_block.default, ops.recurrent_block_backward.default
-    if batch_sizes is not None:  # which a launch of all steps checks by itself
+def _check_steps(op, x, batch_sizes, h0) -> None:
+    """A launch of all steps checks them by itself."""
+    if batch_sizes is not None:
         check_batch_sizes(op, batch_sizes, x.size(0), h0.size(1))
-    forward = partial(steps.forward, ops.recurrent_step.default)
-    return forward, partial(steps.backward, ops.recurrent_step_backward.default)
 
 
 if hasattr(torch.ops.seqkern, "recurrent_block"):
