@@ -156,6 +156,42 @@ def test_bad_tensors() -> None:
         seqkern.attention_varlen(*packed, *cu, 2**63, 9)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_whole_numbers_under_autocast(name: str) -> None:
+    """Autocast is for floating tensors, as in PyTorch's function: others are refused as ever."""
+    given = dict(zip("qkv", qkv(), strict=True))
+    given[name] = given[name].long()
+    q, k, v = given.values()
+    one, rows = zip(*((t[:, 0], t.transpose(1, 2).flatten(0, 1)) for t in (q, k, v)), strict=True)
+    bounds, long = (torch.tensor([0, 7, 14]), torch.tensor([0, 9, 18])), "torch.int64"
+    lens, empty = torch.tensor([4, 5]), torch.zeros(2, 4, 9, 8)
+    public = {"q": "query", "k": "key", "v": "value"}[name]
+    cached = {"k_new": k[:, :, :1], "v_new": v[:, :, :1], "k_lens": lens}
+    of = {"q": "k_cache", "k": "k_new", "v": "v_new"}[name]
+    for call, match in [
+        (lambda: seqkern.attention(q, k, v), f"attention: .* {long} for {name}"),
+        (lambda: seqkern.attention_varlen(*rows, *bounds), f"attention_varlen: .* for {name}"),
+        (
+            lambda: seqkern.scaled_dot_product_attention(q, k, v),
+            f"scaled_dot_product_attention: .* {long} for {public}",
+        ),
+        (
+            lambda: seqkern.additive_attention(*one, torch.ones(8)),
+            f"additive_attention: {public} must .* got {long}",
+        ),
+        (
+            lambda: seqkern.attention_decode(q, empty, empty.clone(), **cached),
+            f"attention_decode: {of} must have the dtype of .*{long}",
+        ),
+    ]:
+        for enabled in (False, True):
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+                pytest.raises(ValueError, match=f"^{match}"),
+            ):
+                call()
+
+
 def test_raw_op_checks_again() -> None:
     """torch.ops.seqkern is open to anyone, and PyTorch's kernel divides by sizes of 0."""
     q, k, v = qkv()

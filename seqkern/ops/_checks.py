@@ -1,6 +1,7 @@
 """Argument checks shared by the ops: each raises with the argument's name and its value."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,22 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def autocast(given: Any, like: Tensor) -> Any:
+    """The same tuples, lists and tensors, the floating tensors but those of float64 in autocast's
+    dtype on the device of `like`."""
+    dtype = autocast_dtype(like)
+    if dtype is None:
+        return given
+
+    def cast(t: Any) -> Any:
+        if isinstance(t, tuple | list):
+            return (tuple if isinstance(t, tuple) else list)(map(cast, t))
+        floating = isinstance(t, Tensor) and t.dtype.is_floating_point
+        return t.to(dtype) if floating and t.dtype != torch.float64 else t
+
+    return cast(given)
 
 
 def check_shape(op: str, name: str, symbols: str, t: Tensor, shape: tuple) -> None:

@@ -13,7 +13,7 @@ from seqkern.ops import _additive_ops as _additive_ops
 from seqkern.ops._additive_autograd import DERIVED, AdditiveAttention
 from seqkern.ops._additive_checks import check_additive, check_mask, check_sequences
 from seqkern.ops._attention_checks import check_scale, check_vector, number
-from seqkern.ops._checks import autocast_dtype, check_tensor
+from seqkern.ops._checks import autocast, check_tensor
 from seqkern.ops._derivatives import (
     in_plain_operations,
     only_plain_operations,
@@ -94,10 +94,9 @@ def _normal_form(tensors: tuple, bias, g, k_lens, mask, scale) -> tuple:
     """
     if g is not None:
         tensors = *tensors[:3], normalized(tensors[3], g)
-    if _is_any_autocast_enabled():
-        tensors = _autocast(tensors)
-        bias = None if bias is None else _autocast((bias,))[0]
     query, key, value, v = tensors
+    if _is_any_autocast_enabled():
+        query, key, value, v, bias = autocast((*tensors, bias), query)
     if bias is not None:
         # Other shapes would broadcast.
         check_vector(_NAME, "bias", bias, query, query.size(2), (query.dtype,))
@@ -120,7 +119,7 @@ def _check(tensors: tuple, bias, g, k_lens, mask, scale) -> None:
         normalized(tensors[3], g)
     if bias is not None:
         check_tensor(_NAME, "bias", bias)
-    query, key, value, v, bias = _autocast((*tensors, bias))
+    query, key, value, v, bias = autocast((*tensors, bias), tensors[0])
     check_sequences(_NAME, query, key, value)
     check_vector(_NAME, "v", v, query, query.size(2), (query.dtype,))
     if bias is not None:
@@ -143,13 +142,6 @@ def normalized(v: Tensor, g: Tensor) -> Tensor:
             f"{g.dtype} on {g.device}"
         )
     return v * (g / torch.linalg.vector_norm(v))
-
-
-def _autocast(tensors: tuple) -> tuple:
-    dtype = autocast_dtype(tensors[0])
-    if dtype is None:
-        return tensors
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _with_three_dims(mask: Tensor) -> Tensor:

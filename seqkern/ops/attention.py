@@ -27,7 +27,7 @@ from seqkern.ops._attention_checks import (
     whole,
 )
 from seqkern.ops._attention_ops import choose
-from seqkern.ops._checks import autocast_dtype, check_tensor
+from seqkern.ops._checks import autocast, autocast_dtype, check_tensor
 from seqkern.ops._derivatives import (
     in_plain_operations,
     only_plain_operations,
@@ -339,9 +339,7 @@ def _autocast(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
         return q, k, v
     for argument, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, argument, t)
-    dtype = autocast_dtype(q)
-    if dtype is not None:
-        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    q, k, v = autocast((q, k, v), q)
     return q, k, v
 
 

@@ -318,8 +318,8 @@ def attention_decode(
     if k_new is not None:
         check_tensor(op, "k_new", k_new)
         check_tensor(op, "v_new", v_new)
-    if q.dtype != k_cache.dtype and autocast_dtype(q) is not None:
-        q = q.to(k_cache.dtype)
+    if autocast_dtype(q) is not None:
+        q = _like(q, k_cache)
     lens, slopes = int32(op, "k_lens", k_lens), as_slopes(op, alibi_slopes, q)
     left, right = sides(op, window)
     rule = causal, left, right, positive(op, "softcap", softcap)
@@ -328,13 +328,18 @@ def attention_decode(
     _check_all(q, k_cache, v_cache, lens, *args)
     if k_new is not None and v_new is not None:
         if autocast_dtype(q) is not None:
-            k_new, v_new = k_new.to(k_cache.dtype), v_new.to(v_cache.dtype)
+            k_new, v_new = _like(k_new, k_cache), _like(v_new, v_cache)
         check_no_gradient(op, {"k_new": k_new, "v_new": v_new})
         check_append(op, k_cache, v_cache, k_new, v_new, lens, block_table)
         _append_op(k_cache, v_cache, k_new, v_new, lens, block_table)
         lens = lens + k_new.size(2)
     o, lse = _decode_op(q, k_cache, v_cache, lens, *args)
     return (o, lse) if return_lse else o
+
+
+def _like(t: Tensor, cache: Tensor) -> Tensor:
+    """t in the dtype of the cache, but whole numbers as they are, for the checks to refuse."""
+    return t.to(cache.dtype) if t.is_floating_point() else t
 
 
 def _count(op: str, splits: int | None) -> int:

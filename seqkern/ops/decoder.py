@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 from torch.nn import functional as F
 
-from seqkern.ops._checks import autocast_dtype, check_shape
+from seqkern.ops._checks import autocast, check_shape
 from seqkern.ops._decoder_autograd import DERIVED, GRADS, SAVED, Decoder, register
 from seqkern.ops._decoder_checks import (
     check_decoder,
@@ -166,7 +166,7 @@ def attention_decoder(
     """
     if _is_any_autocast_enabled() and isinstance(key, Tensor):
         given = (x, state, key, value, attention, cell)
-        x, state, key, value, attention, cell = _autocast(given, key)
+        x, state, key, value, attention, cell = autocast(given, key)
     try:
         (w_q, b_q, v), (w_ih, w_hh, b_ih, b_hh) = attention, cell
         s_0, c_0 = state if mode == "LSTM" else (state, None)
@@ -198,21 +198,6 @@ def _input_gates(x: Tensor, w_x: Tensor, b_ih: Tensor | None) -> Tensor:
         raise ValueError("attention_decoder: w_ih and b_ih must have the dtype of x")
     with keep_dtypes(x.device):
         return F.linear(x.to(acc), w_x.to(acc), None if b_ih is None else b_ih.to(acc))
-
-
-def _autocast(given: Any, like: Tensor) -> Any:
-    """The same with its floating tensors but those of float64 in autocast's dtype."""
-    dtype = autocast_dtype(like)
-    if dtype is None:
-        return given
-
-    def cast(t: Any) -> Any:
-        if isinstance(t, tuple | list):
-            return tuple(map(cast, t))
-        floating = isinstance(t, Tensor) and t.dtype.is_floating_point
-        return t.to(dtype) if floating and t.dtype != torch.float64 else t
-
-    return cast(given)
 
 
 def _call(args: tuple) -> tuple[Tensor, ...]:

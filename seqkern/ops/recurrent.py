@@ -25,7 +25,7 @@ from torch.compiler import is_compiling
 from seqkern.ops import _recurrent_block as block
 from seqkern.ops import _recurrent_steps as steps
 from seqkern.ops._checks import (
-    autocast_dtype,
+    autocast,
     check_batch_sizes,
     check_mode,
     check_recurrent,
@@ -238,7 +238,7 @@ def recurrent(
     """
     try:
         if _is_any_autocast_enabled():
-            x, h0, c0, weights = _autocast(x, h0, c0, weights)
+            x, h0, c0, weights = autocast((x, h0, c0, weights), x)
         if needs_grad(x, h0, c0, weights):
             y, h_n, c_n, _, _ = _recorded()(x, batch_sizes, h0, c0, weights, mode)
         else:
@@ -252,17 +252,6 @@ def recurrent(
             check_batch_sizes(op, batch_sizes, x.size(0), h0.size(1))
         raise
     return y, h_n, None if c0 is None else c_n
-
-
-def _autocast(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]):
-    dtype = autocast_dtype(x)
-    if dtype is None:
-        return x, h0, c0, weights
-
-    def cast(t: Tensor) -> Tensor:
-        return t if t.dtype == torch.float64 or not t.dtype.is_floating_point else t.to(dtype)
-
-    return cast(x), cast(h0), None if c0 is None else cast(c0), [cast(w) for w in weights]
 
 
 def needs_grad(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
