@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqkern.nn.cells import autocast_enabled
 from seqkern.ops._additive_checks import check_mask
-from seqkern.ops._checks import check_tensor
+from seqkern.ops._checks import autocast_dtype, check_tensor
 from seqkern.ops.additive import additive_attention
 from seqkern.ops.attention import attention
 from seqkern.ops.attention_weights import attention_with_weights
@@ -134,7 +133,7 @@ class _OneHead(nn.Module, ABC):
         check_mask(owner, "mask", mask[(None,) * (3 - mask.dim())], query, full)
         # Autocast may make query's dtype that of mask.
         known = torch.bool, query.dtype, torch.float32
-        if mask.dtype not in known and not (mask.is_floating_point() and autocast_enabled(query)):
+        if mask.dtype not in known and not (mask.is_floating_point() and autocast_dtype(query)):
             raise ValueError(
                 f"{owner}: mask must be boolean, {query.dtype} or torch.float32, got {mask.dtype}"
             )
@@ -149,7 +148,7 @@ class _OneHead(nn.Module, ABC):
                     f"{owner}: {name} must be on the device of {of}, {like.device}, got {t.device}"
                 )
             # Autocast casts all but float64.
-            cast = autocast_enabled(like) and torch.float64 not in (t.dtype, like.dtype)
+            cast = autocast_dtype(like) is not None and torch.float64 not in (t.dtype, like.dtype)
             if t.dtype != like.dtype and not cast:
                 raise ValueError(
                     f"{owner}: {name} must have the dtype of {of}, {like.dtype}, got {t.dtype}"

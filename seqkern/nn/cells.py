@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
+from seqkern.ops._checks import autocast_dtype
 from seqkern.ops.recurrent import recurrent
-
-
-def autocast_enabled(tensor: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device; the meta device has none."""
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -83,7 +77,7 @@ def _initial_state(cell: RNNCellBase, name: str, state: Tensor, x: Tensor, batch
 def _check_like(
     cell: RNNCellBase, name: str, tensor: Tensor, other_name: str, other: Tensor
 ) -> None:
-    if tensor.dtype != other.dtype and not autocast_enabled(tensor):
+    if tensor.dtype != other.dtype and autocast_dtype(tensor) is None:
         raise RuntimeError(
             f"{cell._get_name()}: {name} must have the dtype of {other_name}, {other.dtype}, "
             f"got {tensor.dtype}"

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from seqkern.nn.additive import AdditiveAttention, DotAttention, GeneralAttention
-from seqkern.nn.cells import autocast_enabled
-from seqkern.ops._checks import check_like, check_shape, check_tensor
+from seqkern.ops._checks import autocast_dtype, check_like, check_shape, check_tensor
 from seqkern.ops._decoder_checks import check_rank, check_sequences
 from seqkern.ops.additive import normalized
 from seqkern.ops.choice import has_native_kernel
@@ -170,7 +169,7 @@ class AttentionDecoder(nn.Module):
                 f"{op}: x and value must have the {cell.input_size} features of the cell's input "
                 f"together, got {x.size(2)} and {value.size(2)}"
             )
-        if not autocast_enabled(x):
+        if autocast_dtype(x) is None:
             for name, t in (*(("state", t) for t in states), ("key", key), ("value", value)):
                 check_like(op, name, t, x)
         return s_0, c_0

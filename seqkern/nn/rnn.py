@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from seqkern.nn.cells import autocast_enabled
+from seqkern.ops._checks import autocast_dtype
 from seqkern.ops.choice import has_native_kernel
 from seqkern.ops.recurrent import prepacked_op, recurrent, unobserved
 
@@ -257,7 +257,7 @@ class _Recurrent(torch.nn.RNNBase):
     def _check_input(self, x: Tensor, weight: Tensor, batch_sizes: Tensor | None) -> None:
         """Refuse what ``torch.nn`` refuses, with its exception types."""
         shape = x.shape
-        if x.dtype != weight.dtype and not autocast_enabled(x):
+        if x.dtype != weight.dtype and autocast_dtype(x) is None:
             # torch.nn.LSTM looks at a packed input's dtype only in the product.
             unchecked = batch_sizes is not None and self.mode == "LSTM"
             raise (RuntimeError if unchecked else ValueError)(
@@ -286,7 +286,7 @@ class _Recurrent(torch.nn.RNNBase):
                 raise RuntimeError(
                     f"Expected {name} size {(rows, B, features)}, got {list(state.shape)}"
                 )
-            if state.dtype != x.dtype and not autocast_enabled(x):
+            if state.dtype != x.dtype and autocast_dtype(x) is None:
                 raise RuntimeError(f"hx must be {x.dtype} as input is, got {state.dtype}")
             if state.device != x.device:
                 raise RuntimeError(f"hx must be on {x.device} as input is, got {state.device}")

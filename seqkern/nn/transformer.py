@@ -10,7 +10,7 @@ from torch._guards import detect_fake_mode
 from torch.overrides import has_torch_function
 
 from seqkern.nn.attention import MultiheadAttention, check_mask_dtype
-from seqkern.nn.cells import autocast_enabled
+from seqkern.ops._checks import autocast_dtype
 from seqkern.ops._derivatives import takes_graph
 
 aten = torch.ops.aten
@@ -190,7 +190,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             return False
         if src.dim() != 3 or src.is_nested or src.device.type not in _FAST_DEVICES:
             return False
-        if not torch.backends.mha.get_fastpath_enabled() or autocast_enabled(src):
+        if not torch.backends.mha.get_fastpath_enabled() or autocast_dtype(src) is not None:
             return False
         tensors = src, *first.parameters()
         if has_torch_function(tensors):

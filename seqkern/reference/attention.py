@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from seqkern.reference import packed
+from seqkern.reference.recurrent import keep_dtypes
 
 # More than the keys of any sequence. A window that reaches further holds all of them, and would
 # wrap when a position is added.
@@ -162,10 +163,7 @@ def without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compute)
     def computed(first: Tensor, *args):
-        device = first.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return compute(first, *args)
-        with torch.autocast(device, enabled=False):
+        with keep_dtypes(first.device):
             return compute(first, *args)
 
     return computed

@@ -67,8 +67,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def keep_dtypes(device: torch.device) -> AbstractContextManager:
     """Products in the accumulation dtype also where autocast, which reaches into ops, is on."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 
