@@ -225,6 +225,28 @@ def test_autocast(name: str, need_weights: bool) -> None:
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
 
+@every_layer
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_floating_masks_under_autocast(name: str, need_weights: bool) -> None:
+    """16 bits of either kind are cast to those of autocast, and their gradient back."""
+    layer, inputs = make(name, torch.float32), inputs_of(name, dtype=torch.float32)
+    mask = draw(3, 7, dtype=torch.float16)
+    runs = []
+    for given in (mask, mask.bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = layer(*inputs, mask=given, need_weights=need_weights)
+        context = out[0] if need_weights else out
+        runs.append((context, *torch.autograd.grad(context.float().sum(), [*inputs, mask])))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert runs[0][-1].dtype == torch.float16
+    wrong = "mask must be boolean, torch.bfloat16 or torch.float32, got torch.float64"
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match=f"^{type(layer).__name__}: {wrong}"),
+    ):
+        layer(*inputs, mask=mask.double(), need_weights=need_weights)
+
+
 @pytest.mark.parametrize(
     ("name", "need_weights"), [("additive", False), ("normalised", True), ("general", False)]
 )

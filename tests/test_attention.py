@@ -97,6 +97,17 @@ def test_sdpa_casts_its_mask_under_autocast() -> None:
     assert_within_budget({"o": runs[0][0]}, exact, [{"o": theirs}], torch.bfloat16)
 
 
+def test_what_is_added_is_cast_under_autocast() -> None:
+    """A bias and sinks of query's 16 bits stay what they may be where autocast has the others."""
+    q, k, v = qkv(dtype=torch.float16)
+    bias, sinks = draw(7, 9, dtype=torch.float16), draw(4, dtype=torch.float16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = seqkern.attention(q, k, v, bias=bias, sinks=sinks)
+        cast = seqkern.attention(q, k, v, bias=bias.bfloat16(), sinks=sinks.bfloat16())
+    assert torch.equal(actual, cast)
+    assert actual.dtype == torch.bfloat16
+
+
 def test_sdpa_derives_twice() -> None:
     """Where PyTorch's own kernel on the CPU does not."""
     inputs = qkv(Tq=3, Tk=3, D=4, Dv=4, dtype=torch.float64, grad=True)

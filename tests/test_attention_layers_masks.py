@@ -1,5 +1,6 @@
 """seqkern.nn's attention layers: what becomes of masks, rows without keys, nested tensors."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 import seqkern.nn
 import seqkern.nn.attention
+from seqkern.testing.tolerance import assert_within_budget
 
 F64 = torch.float64
 
@@ -169,6 +171,29 @@ def test_finite_padding_is_added_on_every_path() -> None:
     with_gradient = ours(x, src_key_padding_mask=padding)
     with torch.no_grad():
         torch.testing.assert_close(ours(x, src_key_padding_mask=padding), with_gradient)
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("which", ["key_padding_mask", "attn_mask"])
+def test_floating_masks_under_autocast(which: str, need_weights: bool, cast: torch.dtype) -> None:
+    """What torch.nn takes: every floating mask but one of float64, whichever dtype autocast has."""
+    theirs, ours = torch.nn.MultiheadAttention(8, 2), seqkern.nn.MultiheadAttention(8, 2)
+    ours.load_state_dict(theirs.state_dict())
+    x, mask = torch.randn(4, 4, 8), torch.randn(4, 4)
+
+    def run(module: Any, mask: Tensor) -> dict[str, Tensor]:
+        with torch.autocast("cpu", cast):
+            return {"o": module(x, x, x, need_weights=need_weights, **{which: mask})[0]}
+
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        given = mask.to(dtype)
+        wide = {which: given.double(), "need_weights": need_weights}
+        exact = {"o": copy.deepcopy(theirs).double()(*[x.double()] * 3, **wide)[0]}
+        assert_within_budget(run(ours, given), exact, [run(theirs, given)], cast)
+    for module in (theirs, ours):
+        with pytest.raises(RuntimeError):
+            run(module, mask.double())
 
 
 # ---- fully masked rows --------------------------------------------------------------------

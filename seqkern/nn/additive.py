@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqkern.ops._additive_checks import check_mask
-from seqkern.ops._checks import autocast_dtype, check_tensor
+from seqkern.ops._additive_checks import check_public_mask
+from seqkern.ops._checks import autocast_dtype
 from seqkern.ops.additive import additive_attention
 from seqkern.ops.attention import attention
 from seqkern.ops.attention_weights import attention_with_weights
@@ -87,7 +87,7 @@ class _OneHead(nn.Module, ABC):
             self._check("u_key", u_key, self.projected_size, of=key)
             tensors["u_key"] = u_key
         if mask is not None:
-            self._check_mask(mask, query, key)
+            check_public_mask(type(self).__name__, mask, query, key)
         # With weights PyTorch's operations serve, which take some mixtures.
         if need_weights and len({(t.dtype, t.device) for t in tensors.values()}) > 1:
             self._check_kinds(tensors)
@@ -124,18 +124,6 @@ class _OneHead(nn.Module, ABC):
             raise ValueError(
                 f"{owner}: {name} must have the B, Tk = {tuple(of.shape[:2])} of key, got "
                 f"{tuple(t.shape)}"
-            )
-
-    def _check_mask(self, mask: Tensor, query: Tensor, key: Tensor) -> None:
-        owner = type(self).__name__
-        check_tensor(owner, "mask", mask)
-        full = query.size(0), query.size(1), key.size(1)
-        check_mask(owner, "mask", mask[(None,) * (3 - mask.dim())], query, full)
-        # Autocast may make query's dtype that of mask.
-        known = torch.bool, query.dtype, torch.float32
-        if mask.dtype not in known and not (mask.is_floating_point() and autocast_dtype(query)):
-            raise ValueError(
-                f"{owner}: mask must be boolean, {query.dtype} or torch.float32, got {mask.dtype}"
             )
 
     def _check_kinds(self, tensors: dict[str, Tensor]) -> None:

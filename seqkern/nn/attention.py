@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqkern.ops._checks import autocast_added
 from seqkern.ops.attention import attention, attention_varlen
 from seqkern.ops.attention_weights import attention_with_weights
 
@@ -215,6 +216,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 excluded = part if excluded is None else excluded | part
             else:
                 bias = part if bias is None else bias + part
+        bias = None if bias is None else autocast_added(bias, q)
         if bias is not None and bias.dtype not in (q.dtype, torch.float32):
             raise RuntimeError(
                 f"a floating mask must be {q.dtype} as the query is, or torch.float32, got "

@@ -1,10 +1,12 @@
 """Checks of the additive attention ops: each raises with the argument's name and its value."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from seqkern.ops._attention_checks import check_scale, check_vector
-from seqkern.ops._checks import check_tensor
+from seqkern.ops._checks import autocast_added, check_tensor, compute_dtype
 
 FLOATING = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -87,6 +89,16 @@ def check_mask(op: str, name: str, t: Tensor, query: Tensor, full: tuple[int, in
         raise ValueError(
             f"{op}: {name} must broadcast to (B, Tq, Tk) = {tuple(full)}, got {tuple(t.shape)}"
         )
+
+
+def check_public_mask(op: str, t: Any, query: Tensor, key: Tensor) -> None:
+    """A mask as the public function takes it: of fewer dimensions too, and boolean or added."""
+    check_tensor(op, "mask", t)
+    full = query.size(0), query.size(1), key.size(1)
+    check_mask(op, "mask", t[(None,) * (3 - t.dim())], query, full)
+    dtype = compute_dtype(query)
+    if autocast_added(t, query).dtype not in (torch.bool, dtype, torch.float32):
+        raise ValueError(f"{op}: mask must be boolean, {dtype} or torch.float32, got {t.dtype}")
 
 
 def check_additive_backward(

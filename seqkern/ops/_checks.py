@@ -27,6 +27,11 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def compute_dtype(t: Tensor) -> torch.dtype:
+    """What a floating tensor is computed in, under autocast or not."""
+    return t.dtype if t.dtype == torch.float64 else autocast_dtype(t) or t.dtype
+
+
 def autocast(given: Any, like: Tensor) -> Any:
     """The same tuples, lists and tensors, the floating tensors but those of float64 in autocast's
     dtype on the device of `like`."""
@@ -41,6 +46,12 @@ def autocast(given: Any, like: Tensor) -> Any:
         return t.to(dtype) if floating and t.dtype != torch.float64 else t
 
     return cast(given)
+
+
+def autocast_added(t: Tensor, q: Tensor) -> Tensor:
+    """What is added to the scores of q, as PyTorch's function casts it, but for float32, which the
+    ops take as it is."""
+    return t if t.dtype == torch.float32 else autocast(t, q)
 
 
 def check_shape(op: str, name: str, symbols: str, t: Tensor, shape: tuple) -> None:

@@ -11,9 +11,9 @@ from torch._C import (
 
 from seqkern.ops import _additive_ops as _additive_ops
 from seqkern.ops._additive_autograd import DERIVED, AdditiveAttention
-from seqkern.ops._additive_checks import check_additive, check_mask, check_sequences
+from seqkern.ops._additive_checks import check_additive, check_public_mask, check_sequences
 from seqkern.ops._attention_checks import check_scale, check_vector, number
-from seqkern.ops._checks import autocast, check_tensor
+from seqkern.ops._checks import autocast, autocast_added, check_tensor
 from seqkern.ops._derivatives import (
     in_plain_operations,
     only_plain_operations,
@@ -66,8 +66,8 @@ def additive_attention(
         differentiable. A query to which nothing is left gives o = 0, weights of 0 and
         lse = -inf, and takes no gradient.
 
-    Under torch.autocast query, key, value, v and bias are cast to its dtype, unless they are
-    float64.
+    Under torch.autocast query, key, value, v, bias and a mask of 16 bits are cast to its dtype, the
+    former unless they are float64.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -103,7 +103,7 @@ def _normal_form(tensors: tuple, bias, g, k_lens, mask, scale) -> tuple:
         query = query + bias
     boolean = added = None
     if mask is not None:
-        m = _with_three_dims(mask)
+        m = autocast_added(mask[(None,) * (3 - mask.dim())], query)
         boolean, added = (m, None) if m.dtype == torch.bool else (None, m)
     if k_lens is not None and k_lens.dtype == torch.int64:
         # A length beyond 32 bits must not wrap into a valid one.
@@ -125,7 +125,7 @@ def _check(tensors: tuple, bias, g, k_lens, mask, scale) -> None:
     if bias is not None:
         check_vector(_NAME, "bias", bias, query, query.size(2), (query.dtype,))
     if mask is not None:
-        _check_mask(mask, query, key)
+        check_public_mask(_NAME, mask, query, key)
     if k_lens is not None:
         check_vector(_NAME, "k_lens", k_lens, query, query.size(0), (torch.int32, torch.int64))
     _scale(scale)
@@ -142,20 +142,6 @@ def normalized(v: Tensor, g: Tensor) -> Tensor:
             f"{g.dtype} on {g.device}"
         )
     return v * (g / torch.linalg.vector_norm(v))
-
-
-def _with_three_dims(mask: Tensor) -> Tensor:
-    return mask[(None,) * (3 - mask.dim())] if mask.dim() < 3 else mask
-
-
-def _check_mask(mask: Any, query: Tensor, key: Tensor) -> None:
-    check_tensor(_NAME, "mask", mask)
-    full = query.size(0), query.size(1), key.size(1)
-    check_mask(_NAME, "mask", _with_three_dims(mask), query, full)
-    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
-        raise ValueError(
-            f"{_NAME}: mask must be boolean, {query.dtype} or torch.float32, got {mask.dtype}"
-        )
 
 
 def _scale(scale: Any) -> float:

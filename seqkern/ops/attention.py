@@ -27,7 +27,7 @@ from seqkern.ops._attention_checks import (
     whole,
 )
 from seqkern.ops._attention_ops import choose
-from seqkern.ops._checks import autocast, autocast_dtype, check_tensor
+from seqkern.ops._checks import autocast, autocast_added, check_tensor
 from seqkern.ops._derivatives import (
     in_plain_operations,
     only_plain_operations,
@@ -94,7 +94,8 @@ def attention(
         which nothing is left gives o = 0, takes no gradient, and its lse is -inf or its sink, but
         -inf beyond `q_lens`.
 
-    Under torch.autocast q, k and v are cast to its dtype, unless they are float64.
+    Under torch.autocast q, k and v are cast to its dtype, unless they are float64, and so are a
+    bias and sinks of 16 bits.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -285,6 +286,7 @@ def _normal_form(name: str, tensors: tuple, options: tuple, sizes: tuple) -> tup
     mask, bias = (_with_four_dims(name, n, t) for n, t in (("mask", mask), ("bias", bias)))
     if bias is not None and not bias.dtype.is_floating_point:
         raise ValueError(f"{name}: bias must be floating, got {bias.dtype}")
+    bias = None if bias is None else autocast_added(bias, q)
     if causal is not None and not isinstance(causal, str):
         raise TypeError(
             f'{name}: causal must be "top_left" or "bottom_right", which differ where Tq != Tk, '
@@ -304,6 +306,7 @@ def _normal_form(name: str, tensors: tuple, options: tuple, sizes: tuple) -> tup
     slopes = as_slopes(name, slopes, q)
     if sinks is not None:
         check_tensor(name, "sinks", sinks)
+        sinks = autocast_added(sinks, q)
     bounds = zip(("q_lens", "k_lens", "cu_q", "cu_k"), (*lens, cu_q, cu_k))
     q_lens, k_lens, cu_q, cu_k = (t if t is None else int32(name, n, t) for n, t in bounds)
     extras = mask, bias, q_lens, k_lens, slopes, sinks, seed, cu_q, cu_k
@@ -408,10 +411,7 @@ def _mask_of_batch(name: str, m: Tensor, q: Tensor, full: tuple[int, ...]) -> Te
         raise ValueError(
             f"{name}: attn_mask must broadcast to (..., H, Tq, Tk) = {full}, got {tuple(m.shape)}"
         )
-    dtype = autocast_dtype(q)
-    # As PyTorch's function does, but for float32, which the op takes as it is.
-    if dtype is not None and m.dtype in (torch.float16, torch.bfloat16):
-        m = m.to(dtype)
+    m = autocast_added(m, q)
     check_kind(name, "attn_mask", m, q, (torch.bool, q.dtype, torch.float32))
     batch = full[:-2]
     if m.dim() <= 4 and len(batch) <= 2:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqkern.ops._attention_checks import INT, check_vector, check_within, readable
+from seqkern.ops._checks import autocast_added
 from seqkern.ops._derivatives import visible
 from seqkern.reference.attention import zero_beyond
 
@@ -54,7 +55,7 @@ def attention_with_weights(
         mask = real if mask is None else mask & real
     scores = (q * (q.size(-1) ** -0.5 if scale is None else scale)) @ k.mT
     if bias is not None:
-        scores = scores + bias
+        scores = scores + autocast_added(bias, q)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     if mask is None and bias is None:

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqkern.ops import _recurrent_block as block
 from seqkern.ops._attention_explain import AttentionExplanation, explain_attention
-from seqkern.ops._checks import autocast_dtype
+from seqkern.ops._checks import compute_dtype
 from seqkern.ops._derivatives import only_plain_operations
 from seqkern.ops.choice import Choice, Sizes, has_native_kernel, instructions
 from seqkern.ops.recurrent import needs_grad
@@ -98,7 +98,7 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
     mode, weights = _mode_of(layer, cell), list(layer.parameters())
     directions = 1 + bool(getattr(layer, "bidirectional", False))
     proj = getattr(layer, "proj_size", 0)
-    dtype, device = _compute_dtype(x), x.device.type
+    dtype, device = compute_dtype(x), x.device.type
     grad = needs_grad(x, x, None, weights)
     op = "recurrent" if grad else "recurrent_inference"
     snapshot = not grad and getattr(layer, "_packed", None) is not None
@@ -153,7 +153,3 @@ def _mode_of(layer: Any, cell: bool) -> str:
         return str(layer.mode)
     gates = {4: "LSTM", 3: "GRU", 1: "RNN_" + str(getattr(layer, "nonlinearity", "")).upper()}
     return gates[layer.weight_ih.size(0) // layer.hidden_size]
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype
