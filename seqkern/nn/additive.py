@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from seqkern.ops._additive_checks import check_public_mask
-from seqkern.ops._checks import autocast_dtype
+from seqkern.ops._attention_checks import check_k_lens
+from seqkern.ops._checks import check_alike
 from seqkern.ops.additive import additive_attention
 from seqkern.ops.attention import attention
 from seqkern.ops.attention_weights import attention_with_weights
@@ -84,7 +85,7 @@ class _OneHead(nn.Module, ABC):
         self._check("value", value, None, of=key)
         tensors = {"query": query, "key": key, "value": value}
         if u_key is not None:
-            self._check("u_key", u_key, self.projected_size, of=key)
+            self._check("u_key", u_key, self.projected_size or query.size(2), of=key)
             tensors["u_key"] = u_key
         if mask is not None:
             check_public_mask(type(self).__name__, mask, query, key)
@@ -94,9 +95,11 @@ class _OneHead(nn.Module, ABC):
         try:
             projected = self.u(key) if u_key is None else u_key
             return self._attend(query, projected, value, k_lens, mask, need_weights)
-        except (RuntimeError, ValueError):
+        except (AttributeError, RuntimeError, TypeError, ValueError):
             # By the names that they have here, which only an error is worth the time for.
             self._check_kinds(tensors)
+            if k_lens is not None:
+                check_k_lens(type(self).__name__, k_lens, query, key.size(1), "query")
             raise
 
     @abstractmethod
@@ -128,19 +131,9 @@ class _OneHead(nn.Module, ABC):
 
     def _check_kinds(self, tensors: dict[str, Tensor]) -> None:
         """One dtype and one device, those of the parameters where there are any."""
-        owner, like = type(self).__name__, next(self.parameters(), tensors["query"])
+        like = next(self.parameters(), tensors["query"])
         of = "query" if like is tensors["query"] else "the parameters"
-        for name, t in tensors.items():
-            if t.device != like.device:
-                raise ValueError(
-                    f"{owner}: {name} must be on the device of {of}, {like.device}, got {t.device}"
-                )
-            # Autocast casts all but float64.
-            cast = autocast_dtype(like) is not None and torch.float64 not in (t.dtype, like.dtype)
-            if t.dtype != like.dtype and not cast:
-                raise ValueError(
-                    f"{owner}: {name} must have the dtype of {of}, {like.dtype}, got {t.dtype}"
-                )
+        check_alike(type(self).__name__, tensors, like, of)
 
     def extra_repr(self) -> str:
         """The sizes, for repr()."""

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from seqkern.nn.additive import AdditiveAttention, DotAttention, GeneralAttention
-from seqkern.ops._checks import autocast_dtype, check_like, check_shape, check_tensor
-from seqkern.ops._decoder_checks import check_rank, check_sequences
+from seqkern.ops._attention_checks import INT, check_vector
+from seqkern.ops._checks import check_alike, check_rank, check_shape, check_tensor
+from seqkern.ops._decoder_checks import check_sequences
 from seqkern.ops.additive import normalized
 from seqkern.ops.choice import has_native_kernel
 from seqkern.ops.decoder import attention_decoder
@@ -92,21 +93,27 @@ class AttentionDecoder(nn.Module):
         """
         value = key if value is None else value
         attend, cell = self.attention, self.cell
-        projected = self._projected(key, u_key)
+        self._check_key(key, u_key)
         if isinstance(attend, AdditiveAttention) and not only_attention(key.device.type):
-            weights = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
-            v = attend.v if attend.g is None else normalized(attend.v, attend.g)
-            return attention_decoder(
-                x,
-                state,
-                projected,
-                value,
-                (attend.w.weight, attend.w.bias, v),
-                weights,
-                mode=self._mode(),
-                k_lens=k_lens,
-            )
-        s, c_0 = self._checked_state(x, state, key, value)
+            try:
+                weights = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+                v = attend.v if attend.g is None else normalized(attend.v, attend.g)
+                return attention_decoder(
+                    x,
+                    state,
+                    attend.u(key) if u_key is None else u_key,
+                    value,
+                    (attend.w.weight, attend.w.bias, v),
+                    weights,
+                    mode=self._mode(),
+                    k_lens=k_lens,
+                )
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                # By the names that they have here, which only an error is worth the time for.
+                self._checked_state(x, state, key, value, k_lens, u_key)
+                raise
+        s, c_0 = self._checked_state(x, state, key, value, k_lens, u_key)
+        projected = attend.u(key) if u_key is None else u_key
         state = s if c_0 is None else (s, c_0)
         B, steps = key.size(0), []
         for x_i in x.unbind(1):
@@ -136,8 +143,7 @@ class AttentionDecoder(nn.Module):
         )
         return state, contexts.squeeze(1), weights.squeeze(1)
 
-    def _projected(self, key: Tensor, u_key: Tensor | None) -> Tensor:
-        """u_key, made where it is not given; both checked."""
+    def _check_key(self, key: Tensor, u_key: Tensor | None) -> None:
         check_rank("AttentionDecoder", "key", "B, Tk, key_size", key, 3)
         size = self.attention.key_size
         if size not in (None, key.size(2)):
@@ -146,32 +152,40 @@ class AttentionDecoder(nn.Module):
                 f"{tuple(key.shape)}"
             )
         if u_key is None:
-            return self.attention.u(key)
+            return
         check_rank("AttentionDecoder", "u_key", "B, Tk, A", u_key, 3)
         size = self.attention.projected_size or key.size(2)
         check_shape("AttentionDecoder", "u_key", "B, Tk, A", u_key, (*key.shape[:2], size))
-        return u_key
 
     def _checked_state(
-        self, x: Tensor, state: State, key: Tensor, value: Tensor
+        self,
+        x: Tensor,
+        state: State,
+        key: Tensor,
+        value: Tensor,
+        k_lens: Tensor | None,
+        u_key: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """s_0 and c_0, which fit to the other arguments."""
         op, cell = "AttentionDecoder", self.cell
         s_0, c_0 = check_sequences(op, x, state, key, value, self._mode())
-        states = [s_0]
+        states = {"state": s_0}
         if isinstance(cell, nn.LSTMCell):
             check_tensor(op, "c of state", c_0)
-            states.append(c_0)
-        for t in states:
-            check_shape(op, "state", "N, H", t, (x.size(0), cell.hidden_size))
+            states = {"h of state": s_0, "c of state": c_0}
+        for name, t in states.items():
+            check_shape(op, name, "N, H", t, (x.size(0), cell.hidden_size))
+        check_shape(op, "value", "B, Tk, C", value, (*key.shape[:2], value.size(2)))
         if x.size(2) + value.size(2) != cell.input_size:
             raise ValueError(
                 f"{op}: x and value must have the {cell.input_size} features of the cell's input "
                 f"together, got {x.size(2)} and {value.size(2)}"
             )
-        if autocast_dtype(x) is None:
-            for name, t in (*(("state", t) for t in states), ("key", key), ("value", value)):
-                check_like(op, name, t, x)
+        if k_lens is not None:
+            check_vector(op, "k_lens", k_lens, key, key.size(0), INT, "key")
+        tensors = {"x": x, **states, "key": key, "value": value}
+        tensors |= {} if u_key is None else {"u_key": u_key}
+        check_alike(op, tensors, cell.weight_ih, "the parameters")
         return s_0, c_0
 
     def _mode(self) -> str:

@@ -5,10 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkern.ops._attention_checks import check_scale, check_vector
-from seqkern.ops._checks import autocast_added, check_tensor, compute_dtype
-
-FLOATING = torch.float32, torch.float64, torch.bfloat16, torch.float16
+from seqkern.ops._attention_checks import FLOATING, check_scale, check_vector
+from seqkern.ops._checks import (
+    autocast_added,
+    check_device,
+    check_like,
+    check_tensor,
+    compute_dtype,
+)
 
 
 def check_additive(
@@ -29,7 +33,7 @@ def check_additive(
         ValueError: a size, dtype or device does not fit.
     """
     check_sequences(op, query, key, value)
-    check_vector(op, "v", v, query, query.size(2), (query.dtype,))
+    check_vector(op, "v", v, query, query.size(2), (query.dtype,), "query")
     full = (query.size(0), query.size(1), key.size(1))
     if mask is not None:
         check_mask(op, "mask", mask, query, full)
@@ -40,7 +44,7 @@ def check_additive(
         if bias.dtype not in (query.dtype, torch.float32):
             raise ValueError(f"{op}: bias must be {query.dtype} or torch.float32, got {bias.dtype}")
     if k_lens is not None:
-        check_vector(op, "k_lens", k_lens, query, query.size(0), (torch.int32,))
+        check_vector(op, "k_lens", k_lens, query, query.size(0), (torch.int32,), "query")
     check_scale(op, scale)
 
 
@@ -57,14 +61,7 @@ def check_sequences(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.dtype not in FLOATING:
         raise ValueError(f"{op}: query must be fp32, fp64, bf16 or fp16, got {query.dtype}")
     for name, t, _ in forms[1:]:
-        if t.dtype != query.dtype:
-            raise ValueError(
-                f"{op}: {name} must have the dtype of query, {query.dtype}, got {t.dtype}"
-            )
-        if t.device != query.device:
-            raise ValueError(
-                f"{op}: {name} must be on the device of query, {query.device}, got {t.device}"
-            )
+        check_like(op, name, t, query, "query")
     B, _, D = query.shape
     if key.size(0) != B or key.size(2) != D:
         raise ValueError(f"{op}: key must be (B, Tk, D) = ({B}, Tk, {D}), got {tuple(key.shape)}")
@@ -81,10 +78,7 @@ def check_sequences(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
 def check_mask(op: str, name: str, t: Tensor, query: Tensor, full: tuple[int, int, int]) -> None:
     """A 3-D tensor on query's device that broadcasts to `full` = (B, Tq, Tk)."""
     check_tensor(op, name, t)
-    if t.device != query.device:
-        raise ValueError(
-            f"{op}: {name} must be on the device of query, {query.device}, got {t.device}"
-        )
+    check_device(op, name, t, query, "query")
     if t.dim() != 3 or any(n not in (1, m) for n, m in zip(t.shape, full, strict=True)):
         raise ValueError(
             f"{op}: {name} must broadcast to (B, Tq, Tk) = {tuple(full)}, got {tuple(t.shape)}"

@@ -10,7 +10,7 @@ from torch._C import _get_tracing_state
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._guards import detect_fake_mode
 
-from seqkern.ops._checks import check_tensor
+from seqkern.ops._checks import check_device, check_tensor
 from seqkern.ops._derivatives import takes_graph
 from seqkern.reference.attention import FAR
 
@@ -106,10 +106,7 @@ def check_qkv(
                 f"{op}: {Q}, {K} and {V} must be of one floating-point dtype of 16, 32 or 64 bits, "
                 f"got {q.dtype} for {Q} and {t.dtype} for {name}"
             )
-        if t.device != q.device:
-            raise ValueError(
-                f"{op}: {name} must be on the device of {Q}, {q.device}, got {t.device}"
-            )
+        check_device(op, name, t, q, Q)
     T = 0 if packed else 2
     if not packed and (k.size(0) != q.size(0) or v.size(0) != q.size(0)):
         raise ValueError(
@@ -158,11 +155,7 @@ def check_sdpa(
         )
     if attn_mask is not None:
         check_tensor(op, "attn_mask", attn_mask)
-        if attn_mask.device != query.device:
-            raise ValueError(
-                f"{op}: attn_mask must be on the device of query, {query.device}, got "
-                f"{attn_mask.device}"
-            )
+        check_device(op, "attn_mask", attn_mask, query, "query")
         if is_causal:
             raise RuntimeError(f"{op}: attn_mask and is_causal must not both be given")
     if not 0 <= number(op, "dropout_p", dropout_p) <= 1:
@@ -184,8 +177,7 @@ def _check_extras(
         if t is None:
             continue
         check_tensor(op, name, t)
-        if t.device != q.device:
-            raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {t.device}")
+        check_device(op, name, t, q, "q")
         if t.dim() != 4 or any(n not in (1, m) for n, m in zip(t.shape, full, strict=True)):
             raise ValueError(
                 f"{op}: {name} must broadcast to (B, H, Tq, Tk) = {full}, got {tuple(t.shape)}"
@@ -206,14 +198,21 @@ def _check_extras(
 
 
 def check_vector(
-    op: str, name: str, t: Tensor, q: Tensor, size: int | None, dtypes: tuple[torch.dtype, ...]
+    op: str,
+    name: str,
+    t: Any,
+    q: Tensor,
+    size: int | None,
+    dtypes: tuple[torch.dtype, ...],
+    of: str = "q",
 ) -> None:
-    """A one-dimensional tensor of that size and of one of those dtypes, on q's device."""
+    """A one-dimensional tensor of that size and of one of those dtypes, on the device of q, the
+    argument that `of` names."""
     check_tensor(op, name, t)
     if t.dim() != 1 or (size is not None and t.size(0) != size):
         expected = "(B + 1,)" if size is None else f"({size},)"
         raise ValueError(f"{op}: {name} must be {expected}, got {tuple(t.shape)}")
-    check_kind(op, name, t, q, dtypes)
+    check_kind(op, name, t, q, dtypes, of)
 
 
 def check_slopes(op: str, t: Tensor, q: Tensor, B: int, H: int) -> None:
@@ -226,13 +225,14 @@ def check_slopes(op: str, t: Tensor, q: Tensor, B: int, H: int) -> None:
     check_kind(op, "alibi_slopes", t, q, dtypes)
 
 
-def check_kind(op: str, name: str, t: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """One of those dtypes, and q's device."""
+def check_kind(
+    op: str, name: str, t: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...], of: str = "q"
+) -> None:
+    """One of those dtypes, and the device of q, the argument that `of` names."""
     if t.dtype not in dtypes:
         names = " or ".join(map(str, dict.fromkeys(dtypes)))
         raise ValueError(f"{op}: {name} must be {names}, got {t.dtype}")
-    if t.device != q.device:
-        raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {t.device}")
+    check_device(op, name, t, q, of)
 
 
 def check_rule(
@@ -348,6 +348,14 @@ def readable(tensors: Sequence[Tensor]) -> bool:
         if t.device.type != "cpu":
             return False
     return True
+
+
+def check_k_lens(op: str, k_lens: Any, q: Tensor, Tk: int, of: str = "q") -> None:
+    """The lengths of B rows of Tk keys, their values where they can be read; B is that of q, the
+    argument that `of` names."""
+    check_vector(op, "k_lens", k_lens, q, q.size(0), INT, of)
+    if readable([k_lens]):
+        check_within(op, "k_lens", k_lens, Tk)
 
 
 def check_within(op: str, name: str, lens: Tensor, T: int) -> None:

@@ -28,8 +28,10 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:
-    """What a floating tensor is computed in, under autocast or not."""
-    return t.dtype if t.dtype == torch.float64 else autocast_dtype(t) or t.dtype
+    """The dtype that `autocast` gives a tensor: its own without it."""
+    if t.dtype == torch.float64 or not t.dtype.is_floating_point:
+        return t.dtype
+    return autocast_dtype(t) or t.dtype
 
 
 def autocast(given: Any, like: Tensor) -> Any:
@@ -59,11 +61,31 @@ def check_shape(op: str, name: str, symbols: str, t: Tensor, shape: tuple) -> No
         raise ValueError(f"{op}: {name} must be ({symbols}) = {tuple(shape)}, got {tuple(t.shape)}")
 
 
-def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
-    if t.dtype != x.dtype:
-        raise ValueError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {t.dtype}")
+def check_rank(op: str, name: str, symbols: str, t: Any, rank: int) -> None:
+    check_tensor(op, name, t)
+    if t.dim() != rank:
+        raise ValueError(f"{op}: {name} must be ({symbols}), got {tuple(t.shape)}")
+
+
+def check_device(op: str, name: str, t: Tensor, x: Tensor, of: str = "x") -> None:
+    """t is where x is, the argument that `of` names."""
     if t.device != x.device:
-        raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
+        raise ValueError(f"{op}: {name} must be on the device of {of}, {x.device}, got {t.device}")
+
+
+def check_like(op: str, name: str, t: Tensor, x: Tensor, of: str = "x") -> None:
+    """t has the dtype and the device of x, the argument that `of` names."""
+    if t.dtype != x.dtype:
+        raise ValueError(f"{op}: {name} must have the dtype of {of}, {x.dtype}, got {t.dtype}")
+    check_device(op, name, t, x, of)
+
+
+def check_alike(op: str, tensors: dict[str, Tensor], x: Tensor, of: str) -> None:
+    """`check_like` for each of them by its name, after what autocast makes of the dtypes."""
+    for name, t in tensors.items():
+        check_device(op, name, t, x, of)
+        if compute_dtype(t) != compute_dtype(x):
+            check_like(op, name, t, x, of)
 
 
 def check_batch_sizes(op: str, batch_sizes: Tensor, rows: int, batch: int) -> None:

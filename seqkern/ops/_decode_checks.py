@@ -4,22 +4,9 @@ import torch
 from torch import Tensor
 
 from seqkern.ops._attention_checks import FLOATING, check_rule, check_slopes, check_vector
-from seqkern.ops._checks import check_shape, check_tensor
+from seqkern.ops._checks import check_device, check_like, check_shape, check_tensor
 
 MAX_SPLITS = 128
-
-
-def _check_like(op: str, name: str, t: Tensor, q_name: str, q: Tensor) -> None:
-    if t.dtype != q.dtype:
-        raise ValueError(f"{op}: {name} must have the dtype of {q_name}, {q.dtype}, got {t.dtype}")
-    _check_device(op, name, t, q_name, q)
-
-
-def _check_device(op: str, name: str, t: Tensor, q_name: str, q: Tensor) -> None:
-    if t.device != q.device:
-        raise ValueError(
-            f"{op}: {name} must be on the device of {q_name}, {q.device}, got {t.device}"
-        )
 
 
 def check_no_gradient(op: str, tensors: dict[str, Tensor | None]) -> None:
@@ -46,7 +33,7 @@ def _check_cache(op, k_cache, v_cache, k_lens, block_table) -> tuple[int, int]:
             f"{op}: k_cache must be of a floating-point dtype of 16, 32 or 64 bits, got "
             f"{k_cache.dtype}"
         )
-    _check_like(op, "v_cache", v_cache, "k_cache", k_cache)
+    check_like(op, "v_cache", v_cache, k_cache, "k_cache")
     expected = (*k_cache.shape[:3], v_cache.size(3))
     check_shape(op, "v_cache", f"{symbols}, Dv", v_cache, expected)
     if k_cache.size(1) == 0 or k_cache.size(3) == 0:
@@ -61,7 +48,7 @@ def _check_cache(op, k_cache, v_cache, k_lens, block_table) -> tuple[int, int]:
                 f"{op}: block_table must be (B, N) of torch.int32, got "
                 f"{tuple(block_table.shape)} of {block_table.dtype}"
             )
-        _check_device(op, "block_table", block_table, "k_cache", k_cache)
+        check_device(op, "block_table", block_table, k_cache, "k_cache")
         if k_cache.size(2) == 0:
             raise ValueError(f"{op}: k_cache must have pages of at least one place, got 0")
         if k_cache.size(0) == 0 and block_table.size(1):
@@ -70,7 +57,7 @@ def _check_cache(op, k_cache, v_cache, k_lens, block_table) -> tuple[int, int]:
     if k_lens.dtype != torch.int32:
         raise ValueError(f"{op}: k_lens must be of torch.int32, got {k_lens.dtype}")
     check_shape(op, "k_lens", "B", k_lens, (B,))
-    _check_device(op, "k_lens", k_lens, "k_cache", k_cache)
+    check_device(op, "k_lens", k_lens, k_cache, "k_cache")
     return B, places
 
 
@@ -90,7 +77,7 @@ def check_decode(
             f"{op}: q must be (B, H, Tq, D) = ({B}, a multiple of {Hkv}, Tq, {D}) by the cache, "
             f"got {tuple(q.shape)}"
         )
-    _check_like(op, "k_cache", k_cache, "q", q)
+    check_like(op, "k_cache", k_cache, q, "q")
     if alibi_slopes is not None:
         check_slopes(op, alibi_slopes, q, B, H)
     if sinks is not None:
@@ -110,8 +97,8 @@ def check_append(op, k_cache, v_cache, k_new, v_new, k_lens, block_table) -> Non
     Hkv, Tn = k_cache.size(1), k_new.size(2)
     check_shape(op, "k_new", "B, Hkv, Tn, D", k_new, (B, Hkv, Tn, k_cache.size(3)))
     check_shape(op, "v_new", "B, Hkv, Tn, Dv", v_new, (B, Hkv, Tn, v_cache.size(3)))
-    _check_like(op, "k_new", k_new, "k_cache", k_cache)
-    _check_like(op, "v_new", v_new, "v_cache", v_cache)
+    check_like(op, "k_new", k_new, k_cache, "k_cache")
+    check_like(op, "v_new", v_new, v_cache, "v_cache")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if any(s == 0 and n > 1 for n, s in zip(cache.shape, cache.stride(), strict=True)):
             raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkern.ops._checks import check_mode, check_shape, check_tensor
+from seqkern.ops._checks import check_device, check_mode, check_rank, check_shape, check_tensor
 from seqkern.reference.cells import GATES
 from seqkern.reference.decoder import Arguments, Saved
 from seqkern.reference.recurrent import accumulation_dtype
@@ -19,10 +19,7 @@ def _check(
         raise ValueError(
             f"{op}: {name} must be {dtype} beside a key of {like.dtype}, got {t.dtype}"
         )
-    if t.device != like.device:
-        raise ValueError(
-            f"{op}: {name} must be on the device of key, {like.device}, got {t.device}"
-        )
+    check_device(op, name, t, like, "key")
     check_shape(op, name, symbols, t, shape)
 
 
@@ -69,12 +66,6 @@ def check_decoder(op: str, *arguments: Any) -> None:
         _check(op, "c0", "N, H", a.c0, (N, H), a.key, a.key.dtype)
     elif a.c0 is not None:
         raise TypeError(f"{op}: c0 must be None for {a.mode}")
-
-
-def check_rank(op: str, name: str, symbols: str, t: Any, rank: int) -> None:
-    check_tensor(op, name, t)
-    if t.dim() != rank:
-        raise ValueError(f"{op}: {name} must be ({symbols}), got {tuple(t.shape)}")
 
 
 def check_rows(op: str, name: str, rows: int, sources: int) -> None:

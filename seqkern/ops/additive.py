@@ -12,7 +12,7 @@ from torch._C import (
 from seqkern.ops import _additive_ops as _additive_ops
 from seqkern.ops._additive_autograd import DERIVED, AdditiveAttention
 from seqkern.ops._additive_checks import check_additive, check_public_mask, check_sequences
-from seqkern.ops._attention_checks import check_scale, check_vector, number
+from seqkern.ops._attention_checks import INT, check_scale, check_vector, number
 from seqkern.ops._checks import autocast, autocast_added, check_tensor
 from seqkern.ops._derivatives import (
     in_plain_operations,
@@ -75,7 +75,7 @@ def additive_attention(
     """
     try:
         args = _normal_form((query, key, value, v), bias, g, k_lens, mask, scale)
-        o, weights, lse = _call((*args, return_weights))
+        o, weights, lse = _call((*args, bool(return_weights)))
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         # The ops refuse what does not fit; only then is it worth finding out what it was. The
         # checks in advance would cost a single query as much as its arithmetic.
@@ -99,7 +99,7 @@ def _normal_form(tensors: tuple, bias, g, k_lens, mask, scale) -> tuple:
         query, key, value, v, bias = autocast((*tensors, bias), query)
     if bias is not None:
         # Other shapes would broadcast.
-        check_vector(_NAME, "bias", bias, query, query.size(2), (query.dtype,))
+        check_vector(_NAME, "bias", bias, query, query.size(2), (query.dtype,), "query")
         query = query + bias
     boolean = added = None
     if mask is not None:
@@ -121,13 +121,13 @@ def _check(tensors: tuple, bias, g, k_lens, mask, scale) -> None:
         check_tensor(_NAME, "bias", bias)
     query, key, value, v, bias = autocast((*tensors, bias), tensors[0])
     check_sequences(_NAME, query, key, value)
-    check_vector(_NAME, "v", v, query, query.size(2), (query.dtype,))
+    check_vector(_NAME, "v", v, query, query.size(2), (query.dtype,), "query")
     if bias is not None:
-        check_vector(_NAME, "bias", bias, query, query.size(2), (query.dtype,))
+        check_vector(_NAME, "bias", bias, query, query.size(2), (query.dtype,), "query")
     if mask is not None:
         check_public_mask(_NAME, mask, query, key)
     if k_lens is not None:
-        check_vector(_NAME, "k_lens", k_lens, query, query.size(0), (torch.int32, torch.int64))
+        check_vector(_NAME, "k_lens", k_lens, query, query.size(0), INT, "query")
     _scale(scale)
 
 

@@ -191,7 +191,13 @@ def attention_varlen(
     )
     if dropout_p and dropout_seed is None:
         args = _with_seed(args)
-    o, lse = call(args)
+    try:
+        o, lse = call(args)
+    except (TypeError, ValueError):
+        # The op has another name, and only an error is worth the time for this one.
+        check_attention(name, *args)
+        check_lengths(name, *args)
+        raise
     if nested:
         o = torch.nested.nested_tensor_from_jagged(o, offsets)
     return (o, lse) if return_lse else o
@@ -412,7 +418,7 @@ def _mask_of_batch(name: str, m: Tensor, q: Tensor, full: tuple[int, ...]) -> Te
             f"{name}: attn_mask must broadcast to (..., H, Tq, Tk) = {full}, got {tuple(m.shape)}"
         )
     m = autocast_added(m, q)
-    check_kind(name, "attn_mask", m, q, (torch.bool, q.dtype, torch.float32))
+    check_kind(name, "attn_mask", m, q, (torch.bool, q.dtype, torch.float32), "query")
     batch = full[:-2]
     if m.dim() <= 4 and len(batch) <= 2:
         return m

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkern.ops._attention_checks import INT, check_vector, check_within, readable
+from seqkern.ops._attention_checks import check_k_lens
 from seqkern.ops._checks import autocast_added
 from seqkern.ops._derivatives import visible
 from seqkern.reference.attention import zero_beyond
@@ -46,10 +46,7 @@ def attention_with_weights(
         RuntimeError: sizes do not fit.
     """
     if k_lens is not None:
-        name = "attention_with_weights"
-        check_vector(name, "k_lens", k_lens, q, q.size(0), INT)
-        if readable([k_lens]):
-            check_within(name, "k_lens", k_lens, k.size(2))
+        check_k_lens("attention_with_weights", k_lens, q, k.size(2))
         k, v = (zero_beyond(t, k_lens) for t in (k, v))
         real = torch.arange(k.size(2), device=k.device) < k_lens[:, None, None, None]
         mask = real if mask is None else mask & real

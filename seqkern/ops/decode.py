@@ -323,7 +323,10 @@ def attention_decode(
     lens, slopes = int32(op, "k_lens", k_lens), as_slopes(op, alibi_slopes, q)
     left, right = sides(op, window)
     rule = causal, left, right, positive(op, "softcap", softcap)
-    scale = q.size(-1) ** -0.5 if scale is None else number(op, "scale", scale)
+    if scale is not None:
+        scale = number(op, "scale", scale)
+    else:
+        scale = q.size(-1) ** -0.5 if q.size(-1) else 1.0
     args = block_table, slopes, sinks, *rule, scale, _count(op, splits)
     _check_all(q, k_cache, v_cache, lens, *args)
     if k_new is not None and v_new is not None:

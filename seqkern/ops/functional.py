@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from seqkern.ops._checks import check_tensor
+from seqkern.ops._checks import autocast, check_like, check_rank, check_shape, check_tensor
 from seqkern.ops.recurrent import recurrent
+from seqkern.reference.cells import GATES
 
 
 def lstm(
@@ -135,10 +136,9 @@ def lstm_cell(
         TypeError: an argument is of the wrong type.
         ValueError: a size, a dtype or a device does not fit; the message names it.
     """
-    weights = _cell_weights("lstm_cell", x, h, w_ih, w_hh, b_ih, b_hh)
-    _check_rows("lstm_cell", "c", "B, H", c)
-    _, h_n, c_n = recurrent("LSTM", x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), weights)
-    return h_n.squeeze(0), c_n.squeeze(0)
+    check_rank("lstm_cell", "c", "B, H", c, 2)
+    h, c = _step("lstm_cell", "LSTM", x, (h, c), w_ih, w_hh, b_ih, b_hh)
+    return h, c
 
 
 def gru_cell(
@@ -164,8 +164,7 @@ def gru_cell(
         TypeError: an argument is of the wrong type.
         ValueError: a size, a dtype or a device does not fit; the message names it.
     """
-    weights = _cell_weights("gru_cell", x, h, w_ih, w_hh, b_ih, b_hh)
-    return recurrent("GRU", x.unsqueeze(0), h.unsqueeze(0), None, weights)[1].squeeze(0)
+    return _step("gru_cell", "GRU", x, (h,), w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def rnn_cell(
@@ -195,8 +194,7 @@ def rnn_cell(
         ValueError: a size, a dtype, a device or nonlinearity does not fit; the message names it.
     """
     mode = _rnn_mode("rnn_cell", nonlinearity)
-    weights = _cell_weights("rnn_cell", x, h, w_ih, w_hh, b_ih, b_hh)
-    return recurrent(mode, x.unsqueeze(0), h.unsqueeze(0), None, weights)[1].squeeze(0)
+    return _step("rnn_cell", mode, x, (h,), w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def _rnn_mode(op: str, nonlinearity: str) -> str:
@@ -205,15 +203,36 @@ def _rnn_mode(op: str, nonlinearity: str) -> str:
     return f"RNN_{nonlinearity.upper()}"
 
 
-def _cell_weights(op: str, x, h, w_ih, w_hh, b_ih, b_hh) -> list[Tensor]:
-    _check_rows(op, "x", "B, I", x)
-    _check_rows(op, "h", "B, H", h)
+def _step(op: str, mode: str, x, states, w_ih, w_hh, b_ih, b_hh) -> list[Tensor]:
+    """The states (B, H) after one step, by the sequence op with T = 1."""
+    check_rank(op, "x", "B, I", x, 2)
+    check_rank(op, "h", "B, H", states[0], 2)
     if (b_ih is None) != (b_hh is None):
         raise ValueError(f"{op}: b_ih and b_hh must be given together, got only one of them")
-    return [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
+    weights = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
+    first = [t.unsqueeze(0) for t in states]
+    try:
+        _, *last = recurrent(
+            mode, x.unsqueeze(0), first[0], first[1] if first[1:] else None, weights
+        )
+    except (RuntimeError, TypeError, ValueError):
+        # By the names that they have here, which only an error is worth the time for.
+        _check_step(op, GATES[mode], x, states, weights)
+        raise
+    return [t.squeeze(0) for t in last[: len(states)]]
 
 
-def _check_rows(op: str, name: str, symbols: str, t: Tensor) -> None:
-    check_tensor(op, name, t)
-    if t.dim() != 2:
-        raise ValueError(f"{op}: {name} must be ({symbols}), got {tuple(t.shape)}")
+def _check_step(op: str, gates: int, x: Tensor, states: tuple, weights: list[Tensor]) -> None:
+    """Sizes, dtypes and devices of a cell's arguments, whose ranks are right already."""
+    x, states, weights = autocast((x, states, weights), x)
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{op}: x must be of a floating-point dtype, got {x.dtype}")
+    (B, I), H = x.shape, states[0].size(1)
+    expected = [("B, H", (B, H))] * len(states)
+    expected += [(f"{gates}H, I", (gates * H, I)), (f"{gates}H, H", (gates * H, H))]
+    expected += [(f"{gates}H", (gates * H,))] * 2
+    names = [*"hc"[: len(states)], "w_ih", "w_hh", "b_ih", "b_hh"]
+    for name, t, (symbols, shape) in zip(names, (*states, *weights), expected, strict=False):
+        check_tensor(op, name, t)
+        check_like(op, name, t, x)
+        check_shape(op, name, symbols, t, shape)

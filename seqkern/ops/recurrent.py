@@ -246,7 +246,7 @@ def recurrent(
     except (AttributeError, RuntimeError, TypeError, ValueError):
         # The ops refuse what does not fit; only then is it worth finding out what it was. The
         # checks in advance would cost a single step as much as its arithmetic.
-        op = str(mode).lower()
+        op = "rnn" if str(mode).startswith("RNN_") else str(mode).lower()
         check_recurrent(op, mode, x, batch_sizes, h0, c0, weights)
         if batch_sizes is not None:
             check_batch_sizes(op, batch_sizes, x.size(0), h0.size(1))
