@@ -68,7 +68,7 @@ class Stream:
         TypeError: `layer` is not such a layer or has a forward of its own, its dtype is not a
             floating-point one, or `batch_size` is no int.
         ValueError: it is bidirectional, not on the CPU or of several dtypes, or `batch_size` is
-            below 1.
+            below 1 or more than memory holds.
         ImportError: the C++ extension was not built.
 
     Example:
@@ -87,7 +87,7 @@ class Stream:
         first = weights[0][0]
         numpy = importlib.import_module("numpy")  # not needed by `import seqkern`
         engine = _engine()
-        rows = 1 if batch_size is None else batch_size
+        rows = 1 if batch_size is None else int(batch_size)
         outputs = layer.proj_size or layer.hidden_size
         cells = layer.hidden_size if layer.mode == "LSTM" else 0
         count = layer.num_layers
@@ -98,9 +98,15 @@ class Stream:
         self._shape = (*lead, layer.input_size)
         # Tensors made in inference mode could not be reset outside of it.
         with torch.inference_mode(False):
-            self._h = torch.zeros(count, rows, outputs, dtype=first.dtype, device="cpu")
-            c = torch.zeros(count, rows, cells, dtype=first.dtype, device="cpu")
-            y = torch.zeros(count, rows, outputs, dtype=first.dtype, device="cpu")
+            try:
+                self._h, c, y = (
+                    torch.zeros(count, rows, n, dtype=first.dtype, device="cpu")
+                    for n in (outputs, cells, outputs)
+                )
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f"Stream: batch_size must be one that memory has room for, got {batch_size}"
+                ) from error
             self._y = y[-1].view(*lead, outputs)
         self._c = c if cells else None
         # NumPy has no bfloat16.
@@ -179,8 +185,9 @@ class Stream:
 
         Raises:
             TypeError: `state` is a tuple and the layer no LSTM, or the other way round, or what
-                should be a tensor is none.
-            ValueError: the tuple is no pair, or a tensor has the wrong shape.
+                should be a tensor is none, or of a subclass or not of a floating-point dtype.
+            ValueError: the tuple is no pair, or a tensor has the wrong shape, or no values in
+                memory.
         """
         own = [self._h] if self._c is None else [self._h, self._c]
         if state is None:
@@ -197,11 +204,18 @@ class Stream:
             )
         views = [t if self._batched else t[:, 0] for t in own]
         for name, new, old in zip("hc", given, views, strict=False):
-            if not isinstance(new, Tensor):
+            if type(new) not in _PLAIN:
                 raise TypeError(f"Stream.reset: {name} must be a Tensor, got {type(new).__name__}")
+            if not new.is_floating_point():
+                raise TypeError(f"Stream.reset: {name} must be floating-point, got {new.dtype}")
             if new.shape != old.shape:
                 expected, came = tuple(old.shape), tuple(new.shape)
                 raise ValueError(f"Stream.reset: {name} must be {expected}, got {came}")
+            dense = new.layout == torch.strided
+            if not dense or new.data_ptr() == new.storage_offset() * new.itemsize:
+                raise ValueError(
+                    f"Stream.reset: {name} must have values in memory, got a tensor without"
+                )
         with torch.no_grad():  # or the stream would hold the graph of whatever made the state
             for new, old in zip(given, views, strict=True):
                 old.copy_(new)

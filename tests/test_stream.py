@@ -244,6 +244,12 @@ def test_a_subclass_that_computes_the_same_and_a_batch_size_of_numpy():
             "bidirectional",
         ),
         (lambda: seqkern.Stream(seqkern.nn.GRU(2, 2), 0), ValueError, "at least 1, got 0"),
+        (
+            lambda: seqkern.Stream(seqkern.nn.GRU(2, 2), 2**62),
+            ValueError,
+            f"Stream: batch_size must be one that memory has room for, got {2**62}",
+        ),
+        (lambda: seqkern.Stream(seqkern.nn.GRU(2, 2), 10**30), ValueError, "batch_size must be"),
         (lambda: seqkern.Stream(seqkern.nn.GRU(2, 2, device="meta")), ValueError, "on the CPU"),
     ],
 )
@@ -266,4 +272,16 @@ def test_a_wrong_state_is_refused():
         lstm.reset((torch.ones(1, 3),) * 3)
     with pytest.raises(TypeError, match="c must be a Tensor, got NoneType"):
         lstm.reset((torch.ones(1, 3), None))
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"reset: c must be floating-point, got {dtype}"):
+            lstm.reset((torch.ones(1, 3), torch.ones(1, 3, dtype=dtype)))
+    freed = torch.ones(1, 3)
+    freed.untyped_storage().resize_(0)
+    for empty in (freed, torch.ones(1, 3, device="meta"), torch.ones(1, 3).to_sparse()):
+        with pytest.raises(ValueError, match="reset: c must have values in memory"):
+            lstm.reset((torch.ones(1, 3), empty))
+    with FakeTensorMode():
+        fake = torch.ones(1, 3)
+    with pytest.raises(TypeError, match="reset: c must be a Tensor, got FakeTensor"):
+        lstm.reset((torch.ones(1, 3), fake))
     assert not lstm.state[0].any()
