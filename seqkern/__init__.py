@@ -2,6 +2,7 @@
 
 from seqkern import _extension as _extension
 from seqkern.convert import convert as convert
+from seqkern.ops import _flops as _flops
 from seqkern.ops.additive import additive_attention as additive_attention
 from seqkern.ops.attention import attention as attention
 from seqkern.ops.attention import attention_varlen as attention_varlen
@@ -39,3 +40,5 @@ __all__ = [
     "rnn_cell",
     "scaled_dot_product_attention",
 ]
+
+_flops.install()
