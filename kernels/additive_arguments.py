@@ -12,7 +12,16 @@ from torch import Tensor
 
 from .additive_table import MAX_WIDTH, Config, choose
 from .additive_tile import Tokens, Vector, tokens_kernel
-from .attention_arguments import DTYPES, MAX_LENGTH, block_of, dense, precision, refuse
+from .attention_arguments import (
+    DTYPES,
+    MAX_LENGTH,
+    block_of,
+    check_one_of,
+    check_planes,
+    dense,
+    precision,
+    refuse,
+)
 from .tile import Plane, View
 
 # Arguments of the kernels that change from call to call: a kernel compiled for one value of them
@@ -204,10 +213,9 @@ def check(op: str, query, key, value, v, mask, bias, k_lens, scale) -> Arguments
         refuse(op, "v", f"(D,) = ({D},) to suit query", tuple(v.shape))
     if max(Tq, Tk) >= MAX_LENGTH:
         refuse(op, "query, key", f"of fewer than {MAX_LENGTH} tokens", (Tq, Tk))
-    for name, t in {"mask": mask, "bias": bias}.items():
-        _check_plane(op, name, t, query, (B, Tq, Tk))
+    check_planes(op, mask, bias, query, "B, Tq, Tk", (B, Tq, Tk))
     if k_lens is not None:
-        _check_like(op, "k_lens", k_lens, (B,), (torch.int32,), query)
+        check_one_of(op, "k_lens", k_lens, query, [(B,)], (torch.int32,))
     if not math.isfinite(scale):
         refuse(op, "scale", "finite", scale)
     return Arguments(query, key, value, v, mask, bias, dense(k_lens), float(scale))
@@ -227,27 +235,6 @@ def _check_operand(op: str, name: str, t: Tensor, like: Tensor, rank: int) -> No
         refuse(op, name, expected, tuple(t.shape))
 
 
-def _check_plane(op: str, name: str, t: Tensor | None, q: Tensor, full: tuple[int, ...]) -> None:
-    if t is None:
-        return
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor or None, got {type(t).__name__}")
-    dtypes = (torch.bool,) if name == "mask" else (q.dtype, torch.float32)
-    if t.dim() != 3 or any(n not in (1, m) for n, m in zip(t.shape, full)):
-        refuse(op, name, f"(B, Tq, Tk) = {full}, each 1 or full", tuple(t.shape))
-    if t.dtype not in dtypes or t.device != q.device:
-        expected = f"{' or '.join(map(str, dtypes))} on {q.device}"
-        refuse(op, name, expected, f"{t.dtype} on {t.device}")
-
-
-def _check_like(op: str, name: str, t, shape, dtypes, q: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
-    if tuple(t.shape) != shape or t.dtype not in dtypes or t.device != q.device:
-        expected = f"{shape} of {' or '.join(map(str, dtypes))} on {q.device}"
-        refuse(op, name, expected, f"{tuple(t.shape)} of {t.dtype} on {t.device}")
-
-
 def check_gradients(op: str, call: Arguments, do, dweights, dlse, o, lse) -> None:
     """Checks what the backward takes besides the forward's arguments."""
     rows, dtype = (call.B, call.Tq), call.query.dtype
@@ -261,4 +248,4 @@ def check_gradients(op: str, call: Arguments, do, dweights, dlse, o, lse) -> Non
     if dlse is not None:
         expected["dlse"] = dlse, rows, torch.float32
     for name, (t, shape, kind) in expected.items():
-        _check_like(op, name, t, shape, (kind,), call.query)
+        check_one_of(op, name, t, call.query, [shape], (kind,))

@@ -320,18 +320,22 @@ def check(
         _check_operand(op, name, t, q, 3 if packed else 4)
     sizes = _sizes(op, q, k, v, cu_q, cu_k, max_q, max_k)
     B, H, Tq, Tk = sizes["B"], sizes["H"], sizes["Tq"], sizes["Tk"]
-    for name, t in {"mask": mask, "bias": bias}.items():
-        _check_plane(op, name, t, q, (B, H, Tq, Tk))
+    check_planes(op, mask, bias, q, "B, H, Tq, Tk", (B, H, Tq, Tk))
     if packed and (q_lens is not None or k_lens is not None):
         raise ValueError(f"{op}: q_lens and k_lens must be None with cu_q, got lengths")
     if (seed is None) != (dropout_p == 0):
         refuse(op, "seed", f"{'a tensor' if dropout_p else 'None'} for dropout_p={dropout_p}", seed)
     fp32, int32 = (torch.float32,), (torch.int32,)
-    _check_vector(op, "q_lens", q_lens, q, [(B,)], int32)
-    _check_vector(op, "k_lens", k_lens, q, [(B,)], int32)
-    _check_vector(op, "alibi_slopes", alibi_slopes, q, [(H,), (B, H)], fp32)
-    _check_vector(op, "sinks", sinks, q, [(H,)], (q.dtype, torch.float32))
-    _check_vector(op, "seed", seed, q, [(1,)], (torch.int64,))
+    optional = {
+        "q_lens": (q_lens, [(B,)], int32),
+        "k_lens": (k_lens, [(B,)], int32),
+        "alibi_slopes": (alibi_slopes, [(H,), (B, H)], fp32),
+        "sinks": (sinks, [(H,)], (q.dtype, torch.float32)),
+        "seed": (seed, [(1,)], (torch.int64,)),
+    }
+    for name, (t, shapes, dtypes) in optional.items():
+        if t is not None:
+            check_one_of(op, name, t, q, shapes, dtypes)
     if causal not in (None, "top_left", "bottom_right"):
         refuse(op, "causal", "None, 'top_left' or 'bottom_right'", repr(causal))
     if not 0 <= dropout_p < 1:
@@ -371,7 +375,7 @@ def _sizes(op, q, k, v, cu_q, cu_k, max_q, max_k) -> dict[str, int]:
         for name, cu in {"cu_q": cu_q, "cu_k": cu_k}.items():
             if cu.dim() != 1 or cu.size(0) < 1:
                 refuse(op, name, "(B + 1,)", tuple(cu.shape))
-            _check_vector(op, name, cu, q, [tuple(cu_q.shape)], (torch.int32,))
+            check_one_of(op, name, cu, q, [tuple(cu_q.shape)], (torch.int32,))
         B, form, kv = cu_q.size(0) - 1, "(Nk, Hkv, {})", tuple(k.shape[:2])
     else:
         B, form, kv = q.size(0), "(B, Hkv, Tk, {})", (q.size(0), *k.shape[1:3])
@@ -390,24 +394,28 @@ def _sizes(op, q, k, v, cu_q, cu_k, max_q, max_k) -> dict[str, int]:
     return {"B": B, "H": H, "Hkv": Hkv, "Tq": max_q, "Tk": max_k, "D": D, "DV": DV}
 
 
-def _check_plane(op: str, name: str, t: Tensor | None, q: Tensor, full: tuple[int, ...]) -> None:
-    if t is None:
-        return
-    dtypes = (torch.bool,) if name == "mask" else (q.dtype, torch.float32)
-    if t.dim() != 4 or any(n not in (1, m) for n, m in zip(t.shape, full)):
-        refuse(op, name, f"(B, H, Tq, Tk) = {full}, each 1 or full", tuple(t.shape))
-    if t.dtype not in dtypes or t.device != q.device:
-        expected = f"{' or '.join(map(str, dtypes))} on {q.device}"
-        refuse(op, name, expected, f"{t.dtype} on {t.device}")
+def check_planes(op: str, mask, bias, q: Tensor, symbols: str, full: tuple[int, ...]) -> None:
+    """Raises unless mask and bias, where given, broadcast to `full`, sizes that `symbols` names."""
+    kinds = ("mask", mask, (torch.bool,)), ("bias", bias, (q.dtype, torch.float32))
+    for name, t, dtypes in kinds:
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor or None, got {type(t).__name__}")
+        if t.dim() != len(full) or any(n not in (1, m) for n, m in zip(t.shape, full)):
+            refuse(op, name, f"({symbols}) = {full}, each 1 or full", tuple(t.shape))
+        if t.dtype not in dtypes or t.device != q.device:
+            expected = f"{' or '.join(map(str, dtypes))} on {q.device}"
+            refuse(op, name, expected, f"{t.dtype} on {t.device}")
 
 
-def _check_vector(op, name, t, q, shapes, dtypes) -> None:
-    if t is None:
-        return
-    if tuple(t.shape) not in shapes or t.dtype not in dtypes or t.device != q.device:
-        expected = (
-            f"{' or '.join(map(str, shapes))} of {' or '.join(map(str, dtypes))} on {q.device}"
-        )
+def check_one_of(op: str, name: str, t: Tensor, like: Tensor, shapes, dtypes) -> None:
+    """Raises unless t has one of the shapes and of the dtypes, on the device of `like`."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+    if tuple(t.shape) not in shapes or t.dtype not in dtypes or t.device != like.device:
+        kinds = " or ".join(map(str, dtypes))
+        expected = f"{' or '.join(map(str, shapes))} of {kinds} on {like.device}"
         refuse(op, name, expected, f"{tuple(t.shape)} of {t.dtype} on {t.device}")
 
 
@@ -425,4 +433,4 @@ def check_gradients(
     }
     for name, (t, shape, dtype) in expected.items():
         if t is not None:
-            _check_vector(op, name, t, q, [shape], (dtype,))
+            check_one_of(op, name, t, q, [shape], (dtype,))

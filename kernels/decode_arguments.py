@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_arguments import DTYPES, MAX_HEAD_DIM, MAX_LENGTH, refuse
+from .attention_arguments import DTYPES, MAX_HEAD_DIM, MAX_LENGTH, check_one_of, refuse
 from .tile import View
 
 MAX_SPLITS = 128
@@ -179,14 +179,6 @@ def check_tensor(op: str, name: str, t: Tensor, like: Tensor) -> None:
         refuse(op, name, f"{like.dtype} on {like.device}", f"{t.dtype} on {t.device}")
 
 
-def _check_vector(op, name, t, shapes, dtypes, device) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
-    if tuple(t.shape) not in shapes or t.dtype not in dtypes or t.device != device:
-        expected = f"{' or '.join(map(str, shapes))} of {' or '.join(map(str, dtypes))} on {device}"
-        refuse(op, name, expected, f"{tuple(t.shape)} of {t.dtype} on {t.device}")
-
-
 def check_cache(op, k_cache, v_cache, k_lens, block_table) -> tuple[int, int]:
     """Returns the batch size and the number of places of each sequence."""
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -206,12 +198,12 @@ def check_cache(op, k_cache, v_cache, k_lens, block_table) -> tuple[int, int]:
             )
         if not k_cache.size(0) and block_table.size(1):
             refuse(op, "k_cache", "a pool that has the pages of block_table", tuple(k_cache.shape))
-        shape, device = tuple(block_table.shape), k_cache.device
-        _check_vector(op, "block_table", block_table, [shape], [torch.int32], device)
+        shape = tuple(block_table.shape)
+        check_one_of(op, "block_table", block_table, k_cache, [shape], [torch.int32])
         B, places = block_table.size(0), block_table.size(1) * page
     if places >= MAX_LENGTH:
         refuse(op, "k_cache", f"of fewer than {MAX_LENGTH} places", places)
-    _check_vector(op, "k_lens", k_lens, [(B,)], [torch.int32], k_cache.device)
+    check_one_of(op, "k_lens", k_lens, k_cache, [(B,)], [torch.int32])
     return B, places
 
 
@@ -224,9 +216,9 @@ def check_queries(op, q, k_cache, B, alibi_slopes, sinks) -> None:
         refuse(op, "q", f"of fewer than {MAX_LENGTH} rows for a key head", tuple(q.shape))
     if alibi_slopes is not None:
         shapes = [(H,), (B, H)]
-        _check_vector(op, "alibi_slopes", alibi_slopes, shapes, [torch.float32], q.device)
+        check_one_of(op, "alibi_slopes", alibi_slopes, q, shapes, [torch.float32])
     if sinks is not None:
-        _check_vector(op, "sinks", sinks, [(H,)], [q.dtype, torch.float32], q.device)
+        check_one_of(op, "sinks", sinks, q, [(H,)], [q.dtype, torch.float32])
 
 
 def check_rule(op, causal, window_left, window_right, softcap, scale, splits):

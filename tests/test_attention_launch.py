@@ -291,8 +291,13 @@ def test_bad_gradients_are_refused_by_name() -> None:
     for name, first in wrong.items():
         with pytest.raises(ValueError, match=f"^attention_backward: {name} must be"):
             attention_backward(*first, *rest, config=Config(16, 16))
-    with pytest.raises(TypeError, match="q must be a Tensor, got NoneType"):
-        attention_forward(*(GOOD | {"q": None}).values(), True, config=Config(16, 16))
+    for changes, message in [
+        ({"q": None}, "q must be a Tensor, got NoneType"),
+        ({"bias": 1.0}, "bias must be a Tensor or None, got float"),
+        ({"k_lens": [8, 8]}, "k_lens must be a Tensor, got list"),
+    ]:
+        with pytest.raises(TypeError, match=f"^attention: {message}"):
+            attention_forward(*(GOOD | changes).values(), True, config=Config(16, 16))
 
 
 # ---- the table ----------------------------------------------------------------------------
