@@ -304,6 +304,27 @@ def test_a_file_of_columns(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("model", "task", "line", "ends"),
+    [
+        ("textcnn", "labelled", "yes\tw{0}\n", ("tsv", "txt")),
+        ("tagger", "iob", "w{0} O\n\n", ("txt", "conll", "iob", "tsv")),
+        ("tagger", "conllu", UD, ("conllu",)),
+    ],
+)
+def test_a_folder_of_parts(model, task, line, ends, tmp_path):
+    """The same for every kind of a user's own files."""
+    spec = JobSpec(model, task, str(tmp_path), sizes=SMALL.get(model, {"hidden": 8}))
+    lines = "".join(line.format(i) for i in range(20))
+    write(tmp_path / f"train.{ends[-1]}", lines)
+    with pytest.raises(ValueError, match=f"holds no test.{' or test.'.join(ends)}, nor one that"):
+        make_job(spec)
+    write(tmp_path / f"test.{ends[0]}", lines)
+    assert [len(part) for part in make_job(spec).data] == [18, 2, 20]
+    write(tmp_path / f"dev.{ends[0]}", line.format(20))
+    assert [len(part) for part in make_job(spec).data] == [20, 1, 20]
+
+
+@pytest.mark.parametrize(
     ("model", "spec", "message"),
     [
         ("textcnn", {"task": "pairs"}, "task of model 'textcnn' must be one of .* got 'pairs'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ from seqkern.tasks.labelled import (
     carve_dev,
     read_clinc150,
     read_csv,
-    read_labelled_parts,
+    read_labelled,
+    read_parts,
     read_side,
     read_trec,
     split,
@@ -226,7 +227,7 @@ class ClassifyJob(Job):
 def _labelled(data: str, reading: dict[str, Any], seed: int) -> Parts:
     if not data:
         raise ValueError("task 'labelled' needs data: a file of label<TAB>text lines, or a folder")
-    return read_labelled_parts(data, reading["words"], seed)
+    return read_parts(data, seed, partial(read_labelled, words=reading["words"]), "tsv", "txt")
 
 
 def _trec(data: str, reading: dict[str, Any], seed: int) -> Parts:

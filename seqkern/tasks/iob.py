@@ -8,9 +8,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from seqkern.tasks.corpora import needed_file, part_file
+from seqkern.tasks.corpora import needed_file
 from seqkern.tasks.job import Parts
-from seqkern.tasks.labelled import carve_dev, split
 from seqkern.tasks.lines import malformed, read_lines
 
 
@@ -62,23 +61,6 @@ def read_columns(path: str | Path, phrases: bool = False) -> list[TaggedSentence
     if not sentences:
         raise ValueError(f"{path}: holds no sentence")
     return sentences
-
-
-def read_column_parts(data: str | Path, seed: int, phrases: bool = False) -> Parts:
-    """A file of columns, split by the seed, or a folder of such files; see read_columns.
-
-    A folder holds train and test, and dev or else a tenth of train is taken for it; each ends in
-    .txt, .conll, .iob or .tsv, and may end in .gz after that.
-    """
-    if not Path(data).is_dir():
-        return split(read_columns(data, phrases), seed)
-    parts = {}
-    for part in Parts._fields:
-        found = part_file(data, *(f"{part}.{end}" for end in ("txt", "conll", "iob", "tsv")))
-        parts[part] = read_columns(found, phrases) if found else []
-    if not parts["train"] or not parts["test"]:
-        raise ValueError(f"{data} must hold train.txt and test.txt of a word and its tag a line")
-    return Parts(**parts) if parts["dev"] else carve_dev(parts["train"], parts["test"], seed)
 
 
 def read_triples(folder: str | Path, part: str) -> list[TaggedSentence]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from seqkern.tasks.corpora import part_file
+from seqkern.tasks.corpora import needed_file, part_file
 from seqkern.tasks.job import Parts
 from seqkern.tasks.lines import malformed, read_lines
 
@@ -66,21 +66,23 @@ def read_labelled(path: str | Path, words: str = "clean") -> list[Labelled]:
     return examples
 
 
-def read_labelled_parts(data: str | Path, words: str, seed: int) -> Parts:
-    """A file of `label<TAB>text` lines, split by the seed, or a folder of such files.
+def read_parts(
+    data: str | Path, seed: int, read: Callable[[str | Path], list[Any]], *ends: str
+) -> Parts:
+    """A user's own file, split by the seed, or a folder of such files.
 
-    A folder holds train.tsv and test.tsv, and dev.tsv or else a tenth of train is taken for it;
-    each may end in .txt or .gz.
+    A folder holds train and test, and dev or else a tenth of train is taken for it; each ends in
+    one of `ends`, and may end in .gz after that. `read` takes one file.
+
+    Raises:
+        ValueError: train or test is missing; or as `read`.
     """
     if not Path(data).is_dir():
-        return split(read_labelled(data, words), seed)
-    parts = {}
-    for part in Parts._fields:
-        found = part_file(data, f"{part}.tsv", f"{part}.txt")
-        parts[part] = read_labelled(found, words) if found else []
-    if not parts["train"] or not parts["test"]:
-        raise ValueError(f"{data} must hold train.tsv and test.tsv of label<TAB>text lines")
-    return Parts(**parts) if parts["dev"] else carve_dev(parts["train"], parts["test"], seed)
+        return split(read(data), seed)
+    names = {part: [f"{part}.{end}" for end in ends] for part in Parts._fields}
+    train, test = (read(needed_file(data, *names[part])) for part in ("train", "test"))
+    dev = part_file(data, *names["dev"])
+    return Parts(train, read(dev), test) if dev else carve_dev(train, test, seed)
 
 
 def read_trec(path: str | Path, labels: str = "coarse", words: str = "clean") -> list[Labelled]:

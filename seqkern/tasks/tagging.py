@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,10 +15,10 @@ from seqkern.models.tagger import Spellings
 from seqkern.tasks.batches import pad, pad_sources
 from seqkern.tasks.classify import WordDrop
 from seqkern.tasks.conllu import read_conllu
-from seqkern.tasks.corpora import corpus_folder, needed_file, part_file
-from seqkern.tasks.iob import TaggedSentence, read_column_parts, read_snips, read_triples
+from seqkern.tasks.corpora import corpus_folder, part_file
+from seqkern.tasks.iob import TaggedSentence, read_columns, read_snips, read_triples
 from seqkern.tasks.job import Job, JobSpec, Parts
-from seqkern.tasks.labelled import carve_dev, split
+from seqkern.tasks.labelled import carve_dev, read_parts
 from seqkern.tasks.libraries import library
 from seqkern.tasks.registry import build_model
 from seqkern.tasks.vocab import Labels, Vocab
@@ -293,17 +293,14 @@ def _upos(path: str | Path) -> list[TaggedSentence]:
 def _conllu(data: str, seed: int) -> Parts:
     if not data:
         raise ValueError("task 'conllu' needs data: a CoNLL-U file, or a folder of such files")
-    if not Path(data).is_dir():
-        return split(_upos(data), seed)
-    train, test = (_upos(needed_file(data, f"{part}.conllu")) for part in ("train", "test"))
-    dev = part_file(data, "dev.conllu")
-    return Parts(train, _upos(dev), test) if dev else carve_dev(train, test, seed)
+    return read_parts(data, seed, _upos, "conllu")
 
 
 def _iob(data: str, seed: int, phrases: bool) -> Parts:
     if not data:
         raise ValueError("task 'iob' needs data: a file of a word and its tag a line, or a folder")
-    return read_column_parts(data, seed, phrases)
+    read = partial(read_columns, phrases=phrases)
+    return read_parts(data, seed, read, "txt", "conll", "iob", "tsv")
 
 
 def _slots(data: str, seed: int) -> Parts:
