@@ -53,7 +53,8 @@ asan: $(VENV)/.package
 	SEQKERN_CUDA=0 SEQKERN_SANITIZE=address $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(PYTEST) -s -p no:cacheprovider -o pythonpath=$(ASAN) \
-	  tests/test_fuzz.py tests/test_decoder_fuzz.py tests/test_attention_fuzz.py $(ARGS)
+	  tests/test_fuzz.py tests/test_decoder_fuzz.py tests/test_attention_fuzz.py \
+	  tests/test_freed_memory.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info seqkern/*.so
