@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqkern.reference.cells import GATES
+from seqkern.reference.recurrent import autocast_enabled
 
 
 def check_mode(op: str, mode: str) -> None:
@@ -21,10 +22,7 @@ def check_tensor(op: str, name: str, t: object) -> None:
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
     """What autocast makes of tensors on the device of `t`; None where it is off."""
-    device = t.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(t.device.type) if autocast_enabled(t.device) else None
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:

@@ -65,12 +65,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+# Of the devices that tensors can be on. torch.amp.is_autocast_available would say it of any, but
+# torch 2.11 does not compile code that asks it.
+WITHOUT_AUTOCAST = frozenset({"meta", "lazy", "vulkan"})
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    return device.type not in WITHOUT_AUTOCAST and torch.is_autocast_enabled(device.type)
+
+
 def keep_dtypes(device: torch.device) -> AbstractContextManager:
     """Products in the accumulation dtype also where autocast, which reaches into ops, is on."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 class Rows:

@@ -63,17 +63,16 @@ def attention_case(
     slopes = draw((H,), 11).abs().float() if options.get("alibi") else None
 
     def arguments(inputs: Tensors) -> tuple[Any, ...]:
-        q, k, v, *others = inputs
-        args: list = [None] * 12
+        q, others = inputs[0], iter(inputs[3:])
+        args: list = [*inputs[:3], *[None] * 9]
 
         def there(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(q.device)
 
-        args[:3] = q, k, v
         if bias is not None:
-            args[BIAS] = others.pop(0)
+            args[BIAS] = next(others)
         if options.get("sinks"):
-            args[SINKS] = others.pop(0)
+            args[SINKS] = next(others)
         args[3], args[7] = there(mask), there(slopes)
         if lens is not None:
             args[5], args[6] = (there(int32(n)) for n in lens)
