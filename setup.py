@@ -286,7 +286,7 @@ if __name__ == "__main__":
     setup(
         packages=[*find_packages(include=["seqkern", "seqkern.*"]), "seqkern.kernels"],
         package_dir={"seqkern": "seqkern", "seqkern.kernels": "kernels"},
-        package_data={"": ["py.typed", "*.html"]},
+        package_data={"": ["py.typed", "*.html", "*.json"]},
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildExtensions},
     )

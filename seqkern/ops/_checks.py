@@ -214,11 +214,11 @@ def check_recurrent_backward(
     h0: Tensor,
     weights: list[Tensor],
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    saved: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
     """What the backward takes besides the forward's arguments: gradients and saved tensors.
 
-    Only those that the mode has: for the others, placeholders, anything will do.
+    Only those that are given and that the mode has: for the others, placeholders, anything will do.
 
     Raises:
         ValueError: a size, dtype or device does not match.

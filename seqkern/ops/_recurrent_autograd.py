@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 
+from seqkern.ops import _recurrent_cudnn as cudnn
+from seqkern.ops._checks import check_recurrent
 from seqkern.ops._derivatives import batched, needs_grad, register_fold, through_reference
 from seqkern.ops._vmap import fold_forward, map_slices
 from seqkern.reference import recurrent as reference
@@ -25,6 +27,11 @@ ops = torch.ops.seqkern
 def training(x, batch_sizes, h0, c0, weights, mode) -> tuple[Tensor, ...]:
     """seqkern::recurrent, recorded by autograd and by torch.func's transforms."""
     return Recurrent.apply(mode, batch_sizes, x, h0, c0, *weights)
+
+
+def training_by_cudnn(x, batch_sizes, h0, c0, weights, mode) -> tuple[Tensor, ...]:
+    """The same by cuDNN, for a call that it was chosen for; not under torch.func."""
+    return RecurrentByCudnn.apply(mode, batch_sizes, x, h0, c0, *weights)
 
 
 def training_backward(
@@ -100,6 +107,17 @@ class Recurrent(torch.autograd.Function):
         return fold_forward(
             training, info.batch_size, dims, (x, batch_sizes, h0, c0, weights, mode)
         )
+
+
+class RecurrentByCudnn(Recurrent):
+    """cuDNN's reserve space stands for the gates, by which recurrent_backward knows it."""
+
+    @staticmethod
+    def forward(mode, batch_sizes, x, h0, c0, *weights):
+        args = (x, batch_sizes, h0, c0, list(weights))
+        check_recurrent("recurrent", mode, *args)
+        with _AutoDispatchBelowAutograd():
+            return cudnn.forward(*args, mode, True)
 
 
 def _through_reference(ctx: Any, grad_outputs) -> list[Tensor | None]:

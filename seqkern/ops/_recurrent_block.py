@@ -39,7 +39,8 @@ def by_kind(weights: list[Tensor], directions: int) -> BlockWeights:
 @functools.cache
 def built(device: int) -> bool:
     """Whether the kernels were compiled for a device and its driver runs them."""
-    return torch.ops.seqkern.recurrent_step_built(device)
+    ops = torch.ops.seqkern
+    return hasattr(ops, "recurrent_step_built") and ops.recurrent_step_built(device)
 
 
 def refusal(dtype: torch.dtype, proj: bool, device: int) -> str | None:

@@ -14,8 +14,9 @@ HAS_TRITON = find_spec("triton") is not None
 class Choice:
     """A kernel and why it was taken.
 
-    kernel: "native" (C++ or CUDA), "triton", "torch" (PyTorch's own attention) or "reference"
-    (PyTorch operations, one after another).
+    kernel: "native" (C++ or CUDA), "triton", "cudnn" (a recurrent layer for which a benchmark found
+    cuDNN faster), "torch" (PyTorch's own attention) or "reference" (PyTorch operations, one after
+    another).
     """
 
     kernel: str

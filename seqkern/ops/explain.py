@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkern.ops import _recurrent_block as block
+from seqkern.ops import _recurrent_cudnn as cudnn
 from seqkern.ops._attention_explain import AttentionExplanation, explain_attention
 from seqkern.ops._checks import compute_dtype
 from seqkern.ops._derivatives import only_plain_operations
@@ -19,7 +20,7 @@ from seqkern.ops.recurrent import needs_grad
 class Explanation:
     """What one layer of a stack runs; str() gives it in one line.
 
-    op: the torch.library op that is called.
+    op: the torch.library op, or cuDNN's of PyTorch, that is called.
     kernel, reason: see `seqkern.ops.choice.Choice`.
     instructions: the instruction set of a native CPU kernel, else None.
     """
@@ -91,8 +92,9 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
     x = input.data if isinstance(input, PackedSequence) else input
     if not isinstance(x, Tensor):
         raise TypeError(f"explain: input must be a Tensor, got {type(input).__name__}")
-    if isinstance(input, PackedSequence):
-        T, B = 0, int(input.batch_sizes[0])
+    ragged = isinstance(input, PackedSequence)
+    if ragged:
+        T, B = len(input.batch_sizes), int(input.batch_sizes[0])
     else:
         T, B = _steps_and_rows(layer, x, cell)
     mode, weights = _mode_of(layer, cell), list(layer.parameters())
@@ -104,25 +106,23 @@ def _explain_recurrent(layer: Any, input: Tensor | PackedSequence) -> Explanatio
     snapshot = not grad and getattr(layer, "_packed", None) is not None
     if not cell and snapshot and layer._is_direct(input):
         op = "recurrent_prepacked"
-    choice, lines = _recurrent_choice(op, mode, x, dtype, layer.hidden_size, bool(proj)), []
-    if type(layer).__module__.startswith("torch.nn"):
-        choice = replace(choice, reason=f"{choice.reason}; in the place of torch.nn's own")
-    if snapshot:
-        choice = replace(choice, reason=f"{choice.reason}; on the weights of prepack()")
+    notes = "; in the place of torch.nn's own" * type(layer).__module__.startswith("torch.nn")
+    notes += "; on the weights of prepack()" * snapshot
+    lines = []
     for i in range(getattr(layer, "num_layers", 1)):
         inputs = x.size(-1) if i == 0 else directions * (proj or layer.hidden_size)
         sizes = Sizes(T, B, inputs, layer.hidden_size, directions)
-        cpu = instructions(choice, device)
-        lines.append(
-            Explanation(
-                i, f"seqkern::{op}", mode, dtype, device, sizes, choice.kernel, choice.reason, cpu
-            )
-        )
+        choice = _recurrent_choice(op, mode, x, dtype, sizes, ragged, bool(proj))
+        reason, cpu = choice.reason + notes, instructions(choice, device)
+        sizes = replace(sizes, T=0) if ragged else sizes
+        direct = choice.kernel == "cudnn" and op == "recurrent"
+        called = "aten::_cudnn_rnn" if direct else f"seqkern::{op}"
+        lines.append(Explanation(i, called, mode, dtype, device, sizes, choice.kernel, reason, cpu))
     return Explanations(lines)
 
 
 def _recurrent_choice(
-    op: str, mode: str, x: Tensor, dtype: torch.dtype, hidden: int, proj: bool
+    op: str, mode: str, x: Tensor, dtype: torch.dtype, sizes: Sizes, ragged: bool, proj: bool
 ) -> Choice:
     device = x.device.type
     if op == "recurrent" and only_plain_operations():
@@ -133,7 +133,13 @@ def _recurrent_choice(
         return Choice("native", "seqkern's own kernel serves every shape")
     if refusal := block.refusal(dtype, proj, x.get_device()):
         return Choice("reference", refusal)
-    return Choice("native", block.reason(mode, dtype, hidden, op == "recurrent", x.get_device()))
+    training = op == "recurrent"
+    reason = block.reason(mode, dtype, sizes.H, training, x.get_device())
+    if row := cudnn.row(mode, dtype, x.get_device(), sizes, ragged, training):
+        if (why_not := cudnn.refusal(training)) is None:
+            return Choice("cudnn", row.reason)
+        reason = f"{reason}; not cuDNN, {row.reason}: {why_not}"
+    return Choice("native", reason)
 
 
 def _steps_and_rows(layer: Any, x: Tensor, cell: bool) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from seqkern.ops import _recurrent_block as block
+from seqkern.ops import _recurrent_cudnn as cudnn
 from seqkern.ops import _recurrent_steps as steps
 from seqkern.ops._checks import (
     autocast,
@@ -33,7 +34,7 @@ from seqkern.ops._checks import (
     weight_names,
 )
 from seqkern.ops._derivatives import exporting, only_plain_operations, takes_graph
-from seqkern.ops._recurrent_autograd import register, training
+from seqkern.ops._recurrent_autograd import register, training, training_by_cudnn
 from seqkern.reference import recurrent as reference
 from seqkern.reference.cells import GATES
 
@@ -107,6 +108,9 @@ def _recurrent_cuda(x, batch_sizes, h0, c0, weights, mode, save=True):
     check_recurrent("recurrent", mode, x, batch_sizes, h0, c0, weights)
     if block.refusal(x.dtype, _has_projection(h0, weights), x.get_device()):
         return _recurrent(x, batch_sizes, h0, c0, weights, mode)
+    # With `save` the op owes the gates; cuDNN is then chosen before it, in _recorded.
+    if not save and cudnn.chosen(mode, x, batch_sizes, h0, training=False):
+        return cudnn.forward(x, batch_sizes, h0, c0, weights, mode, save)
     launch = torch.ops.seqkern.recurrent_block.default
     if not block.fits(mode, x.dtype, h0.size(2), False, x.get_device()):
         _check_steps("recurrent", x, batch_sizes, h0)
@@ -124,9 +128,13 @@ def _recurrent_backward_cuda(
     op, grads, saved = "recurrent_backward", (dy, dh_n, dc_n), (y, gates, cells)
     args = (x, batch_sizes, h0, c0, weights)
     check_recurrent(op, mode, *args)
-    check_recurrent_backward(op, mode, x, h0, weights, grads, saved)
+    by_cudnn = gates.dtype == torch.uint8  # then they are its reserve space
+    kept = (y, None, None) if by_cudnn else saved
+    check_recurrent_backward(op, mode, x, h0, weights, grads, kept)
     if block.refusal(x.dtype, _has_projection(h0, weights), x.get_device()):
         return _recurrent_backward(*grads, *args, *saved, mode, need_dx, need_dw)
+    if by_cudnn:
+        return cudnn.backward(grads, *args, (y, gates), mode, need_dx, need_dw)
     launch = torch.ops.seqkern.recurrent_block_backward.default
     if not block.fits(mode, x.dtype, h0.size(2), True, x.get_device()):
         _check_steps(op, x, batch_sizes, h0)
@@ -240,7 +248,8 @@ def recurrent(
         if _is_any_autocast_enabled():
             x, h0, c0, weights = autocast((x, h0, c0, weights), x)
         if needs_grad(x, h0, c0, weights):
-            y, h_n, c_n, _, _ = _recorded()(x, batch_sizes, h0, c0, weights, mode)
+            args = (x, batch_sizes, h0, c0, weights, mode)
+            y, h_n, c_n, _, _ = _recorded(*args)(*args)
         else:
             y, h_n, c_n = _inference_op(x, batch_sizes, h0, c0, weights, packed or (), mode)
     except (AttributeError, RuntimeError, TypeError, ValueError):
@@ -284,8 +293,14 @@ def unobserved() -> bool:
     )
 
 
-def _recorded() -> Callable[..., tuple[Tensor, ...]]:
+def _recorded(x, batch_sizes, h0, c0, weights, mode) -> Callable[..., tuple[Tensor, ...]]:
     """The forward whose derivatives the context can take."""
     if only_plain_operations():
         return _recurrent
-    return _training_op if takes_graph() else training
+    if takes_graph():
+        return _training_op
+    if cudnn.chosen(mode, x, batch_sizes, h0, training=True):
+        proj = _has_projection(h0, weights)
+        if not block.refusal(x.dtype, proj, x.get_device()):
+            return training_by_cudnn
+    return training
