@@ -7,7 +7,8 @@
 # bench-recurrent=I/N.
 # Without it the first six run in turn. Each writes OUTDIR/PART.json (status, seconds, counts) and
 # OUTDIR/PART.log; the benchmarks add a line of attention.jsonl, additive.jsonl or recurrent.jsonl
-# for each cell as it is done, and bench-recurrent exchange.json where there is nvcc.
+# for each cell as it is done, and bench-recurrent exchange.json where there is nvcc, and
+# recurrent_cudnn.json, the table of the layers for which cuDNN was faster (benchmarks.md).
 # bench-recurrent takes cells that stand for the others; with I/N it is part I of N of all cells,
 # and its files are named by that. A part is interrupted, and reports what it has, after LIMIT
 # seconds, nine minutes by default; a single part ends a minute later, also where it builds first.
@@ -124,6 +125,8 @@ bench_recurrent() {
     --within=400 --benchmark-quiet -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning \
     "${selection[@]}" benchmarks/bench_recurrent_gpu.py || status=$?
   "$ENVIRONMENT/bin/python" -m benchmarks.recurrent_gpu_table "${exchanges[@]}" \
+    "$OUT"/recurrent*.jsonl || return 1
+  "$ENVIRONMENT/bin/python" -m benchmarks.recurrent_gpu_choice --out "$OUT/recurrent_cudnn.json" \
     "$OUT"/recurrent*.jsonl || return 1
   [ "$DRY" = 0 ] || [ -n "$SLICE" ] ||
     "$ENVIRONMENT/bin/python" -m benchmarks --grid tiny --row "$ROW" --budget 0.01 --out "$OUT" ||

@@ -273,7 +273,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_everything(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = [str(p.relative_to(ROOT)) for p in (ROOT / "seqkern").rglob("*.py")]
-    assert {*modules, *KERNELS, "seqkern/py.typed"} <= set(names)
+    table = "seqkern/ops/recurrent_cudnn.json"
+    assert {*modules, *KERNELS, "seqkern/py.typed", table} <= set(names)
     assert sorted(n for n in names if n.endswith(".py")) == sorted({*modules, *KERNELS})
     libraries = sorted(n.partition(".")[0] for n in names if n.endswith(".so"))
     assert libraries == ["seqkern/_C", "seqkern/_stream"]
@@ -322,6 +323,7 @@ def test_gpu_script_runs_dry(tmp_path):
     assert "decode-full" in (out / "bench-attention.log").read_text()
     assert "of the tanh rate" in (out / "bench-additive.log").read_text()
     assert "A dry run" in (out / "bench-recurrent.log").read_text()
+    assert (out / "recurrent_cudnn.json").read_text() == "[]\n"
     done = run(
         script, "--dry-run", out, "bench-recurrent=2/12", cwd=tmp_path, PYTHON=sys.executable
     )

@@ -16,11 +16,19 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import bench_recurrent_gpu as suite
-from benchmarks import contestants, device, recurrent_gpu_table
+from benchmarks import contestants, device, recurrent_gpu_choice, recurrent_gpu_table
 from benchmarks import recurrent_gpu_cases as cases
 from benchmarks import recurrent_gpu_limits as limits
 from benchmarks.check import WrongResult, check
-from benchmarks.recurrent_gpu_cases import CELLS, HALF, OURS, TF32, TORCH, GpuCell
+from benchmarks.recurrent_gpu_cases import (
+    CELLS,
+    HALF,
+    OURS,
+    OURS_TF32,
+    TF32,
+    TORCH,
+    GpuCell,
+)
 from tests.benchmark_runs import ROOT, run
 
 sys.path.remove(str(ROOT))
@@ -125,6 +133,9 @@ def test_the_switches_of_a_contestant_end_with_its_call():
     assert suite.under(TORCH, lambda: torch.backends.cudnn.enabled)() is True
     assert suite.under(TORCH, lambda: torch.backends.cudnn.allow_tf32)() is False
     assert suite.under(TF32, lambda: torch.backends.cudnn.allow_tf32)() is True
+    # Ours without cuDNN, to which the table would hand layers of a card that has been measured.
+    assert suite.under(OURS, lambda: torch.backends.cudnn.enabled)() is False
+    assert suite.under(OURS_TF32, lambda: torch.backends.cudnn.allow_tf32)() is True
     assert torch.backends.cudnn.enabled == before
 
 
@@ -263,6 +274,87 @@ def test_later_records_count_and_what_is_missing_is_said(tmp_path: Path):
     assert "On H200: 1 cells timed; seqkern's kernels: native in 1." in notes
     assert "1 cells left out: no time" in notes
     assert "No share of the limit" in notes
+
+
+# ---- the choice
+
+
+def choice(tmp_path: Path, *files: list[dict]) -> list[dict]:
+    """The table that the command writes of these records."""
+    paths = [tmp_path / f"recurrent-gpu-{i}.jsonl" for i in range(len(files))]
+    for path, content in zip(paths, files, strict=True):
+        path.write_text("".join(json.dumps(r) + "\n" for r in content))
+    done = run(
+        "benchmarks.recurrent_gpu_choice", "--out", str(tmp_path / "table.json"), *map(str, paths)
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "table.json").read_text())
+
+
+def timed(B: int, T: int, torch: list[float], row="gpu-f16-training", **changes) -> dict:
+    """A record in which ours takes 100 us in every round."""
+    cell = GpuCell("training", "LSTM", "float16", B, T, 512)
+    cell = replace(cell, **changes)
+    return record(cell, row, seqkern=[100.0] * len(torch), torch=torch)
+
+
+FAST, SLOW = [50.0, 51.0, 52.0], [99.0, 100.0, 101.0]
+
+
+def test_a_row_is_where_cudnn_was_faster(tmp_path: Path):
+    first = [
+        timed(1, 128, FAST),  # not in a run with multiples of 8
+        timed(8, 128, FAST), timed(8, 1024, FAST),
+        timed(16, 128, [60.0, 61.0, 62.0]), timed(16, 1024, FAST),
+        timed(32, 128, SLOW), timed(32, 1024, FAST),  # from 1024 on
+        timed(64, 128, FAST), timed(64, 1024, SLOW),  # never for long sequences
+        timed(128, 128, SLOW),  # the next file has it anew
+    ]  # fmt: skip
+    rows = choice(tmp_path, first, [timed(128, 128, FAST)])
+    one = {"device": "H200", "mode": "LSTM", "dtype": "float16", "directions": 1, "ragged": False}
+    one |= {"training": True, "H": 512}
+    name = "recurrent-gpu-0.jsonl"
+    assert rows == [
+        one | {"B": [1, 1], "T": 128, "ratio": 1.96, "result": name},
+        one | {"B": [8, 16], "T": 128, "ratio": 1.63, "result": name},
+        one | {"B": [32, 32], "T": 1024, "ratio": 1.96, "result": name},
+        one | {"B": [128, 128], "T": 128, "ratio": 1.96, "result": "recurrent-gpu-1.jsonl"},
+    ]
+    for row in rows:  # as the ops read it
+        assert recurrent_gpu_choice.Row(**row).reason.startswith(
+            f"measured {row['ratio']}x as fast"
+        )
+
+
+def test_both_medians_are_over_the_margin():
+    ratio = recurrent_gpu_choice.ratio
+    assert ratio([50.0, 60.0, 70.0], [40.0, 50.0, 60.0]) == pytest.approx(1.2)
+    # By the medians 1.25, but not in most rounds; and the other way round.
+    uneven = [40.0, 180.0, 100.0, 90.0, 200.0], [50.0, 170.0, 80.0, 10.0, 190.0]
+    assert ratio(*uneven) == pytest.approx(18 / 17)
+    assert ratio([10.0, 100.0, 30.0], [5.0, 50.0, 29.0]) == pytest.approx(30 / 29)
+
+
+def test_what_does_not_count(tmp_path: Path):
+    a_tenth_less = timed(8, 128, [91.0, 92.0, 93.0])
+    stacked, dry = timed(8, 128, FAST, stacked=2), timed(8, 128, FAST) | {"device": "cpu"}
+    left_out = {"row": "a", "cell": asdict(CELL), "device": "H200", "left_out": "no time"}
+    alone = record(replace(CELL, dtype="float16"), "b", seqkern=[100.0], torch_float16=[10.0])
+    assert choice(tmp_path, [a_tenth_less, stacked, dry, left_out, alone]) == []
+
+
+def test_float32_is_two_kinds_of_product(tmp_path: Path):
+    times = {"seqkern": [100.0], "torch": [99.0], "seqkern_tf32": [50.0], "torch_tf32": [25.0]}
+    (row,) = choice(tmp_path, [record(CELL, "gpu-layers-training", **times)])
+    assert (row["dtype"], row["ratio"], row["B"]) == ("tf32", 2.0, [3, 3])
+
+
+def test_the_committed_table_is_that_of_the_committed_results(tmp_path: Path):
+    done = run("benchmarks.recurrent_gpu_choice", "--out", str(tmp_path / "table.json"))
+    assert done.returncode == 0, done.stderr
+    committed = recurrent_gpu_choice.TABLE.read_text()
+    assert (tmp_path / "table.json").read_text() == committed
+    assert bool(json.loads(committed)) == (not done.stdout.startswith("0 rows"))
 
 
 # ---- end to end
