@@ -197,6 +197,39 @@ def test_arguments_of_every_size(size: float, Tq: int, dtype: torch.dtype) -> No
     assert_near_exact(inputs, NAMES[:3] if cancelled else NAMES)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 0.01, 0.1, 1.0])
+@pytest.mark.parametrize("Tq", [1, 5])
+@every_capability
+@pytest.mark.usefixtures("capability")
+def test_arguments_of_every_size_under_a_large_v(size: float, Tq: int, dtype: torch.dtype) -> None:
+    """A large v makes scores of what small arguments leave of their tanhs; and makes scores so
+    large that gradients see whether the weights add up to 1."""
+    for v in (1, 30, 1e3):
+        torch.manual_seed(0)
+        query, key = (
+            draw(2, Tq, 70, dtype=dtype, scale=size),
+            draw(2, 9, 70, dtype=dtype, scale=size),
+        )
+        value, v = draw(2, 9, 8, dtype=dtype), draw(70, dtype=dtype, scale=v)
+        assert_near_exact([query, key, value, v])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_capability
+@pytest.mark.usefixtures("capability")
+def test_saturated_units_of_one_query_take_no_gradient(dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    inputs = inputs_of(2, 1, 9, 40, 8, dtype)
+    limit = 9.1 if dtype == torch.float32 else 20
+    far = (limit + 10 * torch.rand(2, 9, 20)) * (torch.rand(2, 9, 20) - 0.5).sign()
+    inputs[1][..., :20] = far.to(dtype) - inputs[0][..., :20]
+    results = run(OPS, inputs)
+    assert not results["dquery"][..., :20].any()
+    assert not results["dkey"][..., :20].any()
+    assert results["dkey"][..., 20:].all()
+
+
 @pytest.mark.parametrize("Tq", [1, 6])
 @every_capability
 @pytest.mark.usefixtures("capability")
@@ -238,11 +271,13 @@ def test_error_of_one_tanh(Tq: int) -> None:
     """What docs/ops/additive.md says of it, on scores that take one element of 64."""
     v = torch.zeros(64)
     v[5] = 1
-    for size in (0.01, 0.3, 1.0, 3.0, 9.0, 20.0):
+    for size in (1e-6, 0.01, 0.25, 0.3, 1.0, 3.0, 9.0, 20.0):
         query, key = (2 * size * torch.rand(2000, T, 64) - size for T in (Tq, 1))
         _, _, lse = OPS.additive_attention(query, key, key, v, None, None, None, 1.0, False)
         exact = (query.double() + key)[..., 5].tanh()
         assert (lse - exact).abs().max() < 4e-7, size
+        if size <= 0.25:
+            assert ((lse - exact) / exact).abs().max() < 4e-7, size
 
 
 # ---- what must not be read, and NaN -------------------------------------------------------

@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkern
 from seqkern.ops.choice import has_native_kernel
+from seqkern.reference import decoder as reference
 from seqkern.reference.cells import GATES
 from seqkern.testing import decoder_case
+from seqkern.testing.tolerance import assert_within_budget, neighbours
 
 ops = torch.ops.seqkern
 CELLS: dict[str, Any] = {
@@ -141,6 +143,48 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(mode: str, B: int, K: i
     for i, (a, b) in enumerate(zip(derived[:6], runs[0][7:13], strict=True)):
         rows = part if i in (4, 5) else slice(K, 4 * K)
         assert torch.equal(a, b[rows] if b.dim() > 1 else b), i
+
+
+@pytest.mark.skipif(
+    not has_native_kernel("attention_decoder", "cpu"), reason="the C++ kernels were not built"
+)
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "portable"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 0.01])
+@pytest.mark.parametrize("K", [1, 5])
+@pytest.mark.usefixtures("capability")
+def test_small_arguments_under_a_large_v(K: int, size: float, dtype: torch.dtype) -> None:
+    """A large v makes scores of what small arguments leave of their tanhs."""
+    for v in (1, 30, 1e3):
+        args = arguments("GRU", 2, K, T=2, Tk=9)
+        args[5] = None
+        for place, scale in ((3, size), (6, size / 6), (7, size), (8, v)):  # key, w_q, b_q, v
+            args[place] = torch.randn_like(args[place]) * scale
+        places = [i for i, t in enumerate(args) if isinstance(t, Tensor)]
+        given = [args[0], *(args[i].to(dtype) for i in places[1:])]
+        grads = [torch.randn(2 * K, 2, n).to(dtype) for n in (37, 23, 9)]
+
+        def computed(kernel, dtype, tensors, args=args, places=places, grads=grads):
+            call = list(args)
+            for i, t in zip(places, tensors, strict=True):
+                call[i] = t.to(dtype)
+            call[0] = call[0].to(torch.promote_types(dtype, torch.float32))
+            forward, backward, saved = kernel
+            s, contexts, weights, _, *kept = forward(*call)
+            of_results = [*(g.to(dtype) for g in grads), None]
+            found = backward(*of_results, *saved(s, contexts, weights, *kept), *call)
+            names = "weights", "contexts", "dkey", "dvalue", "dv"
+            return dict(zip(names, (weights, contexts, *found[4:]), strict=True))
+
+        ours = ops.attention_decoder, ops.attention_decoder_backward, lambda *saved: saved
+        plain = (
+            reference.attention_decoder,
+            reference.attention_decoder_backward,
+            lambda *saved: (reference.Saved(*saved),),
+        )
+        exact = computed(plain, torch.float64, given)
+        runs = [computed(plain, dtype, moved) for moved in neighbours(given)]
+        assert_within_budget(computed(ours, dtype, given), exact, runs, dtype)
 
 
 @pytest.mark.parametrize("mode", list(GATES))

@@ -1,32 +1,31 @@
 // The backward of additive attention for one row of the batch: blocks of queries, whose scores are
 // computed again, then ds, then the sums over pairs.
 
-// Gradients of a row of scores, from its scores: w = exp(s - lse), ds = w (dP - delta) with
-// delta = sum_j w_j dP_j - dlse. On return s holds w and dp holds ds.
+// A row of scores becomes its weights exp(s - lse).
 template <class C>
-static void score_gradients(C* s, C* dp, int64_t keys, C lse, C dlse) {
-  constexpr int L = kLanes<C>;
-  const C none = -infinity<C>();
-  if (lse == none) {  // nothing was left
-    for (int64_t j = 0; j < keys; ++j) s[j] = dp[j] = 0;
-    return;
+static void weights_from(C* s, int64_t keys, C lse) {
+  const bool nothing_left = lse == -infinity<C>();
+  for (int64_t j = 0; j < keys; j += kLanes<C>) {
+    const V<C> w = exp_or_zero<C>(load_n<C>(s + j, keys - j) - lse);
+    store_n<C>(s + j, nothing_left ? V<C>{} : w, keys - j);
   }
+}
+
+// Gradients of a row of scores from its weights: ds = w (dP - delta) with
+// delta = sum_j w_j dP_j - dlse. On return dp holds ds, exactly nothing where the weight is 0,
+// which may hide a NaN.
+template <class C>
+static void score_gradients(const C* w, C* dp, int64_t keys, C dlse) {
+  constexpr int L = kLanes<C>;
   V<C> delta = {};
   for (int64_t j = 0; j < keys; j += L) {
-    const int64_t n = keys - j;
-    const V<C> score = n < L ? load_n<C>(s + j, n) : load<C>(s + j);
-    // Beyond the end stand zeros; what is left out must not meet a NaN.
-    const V<C> w = exp_or_zero<C>(score - lse);
-    V<C> g = load_n<C>(dp + j, n);
-    g = (score == none) ? V<C>{} : g;
-    store_n<C>(s + j, w, n);
-    store_n<C>(dp + j, g, n);
-    delta += (n < L ? load_n<C>(s + j, n) : w) * g;
+    const V<C> weight = load_n<C>(w + j, keys - j), g = load_n<C>(dp + j, keys - j);
+    delta += (weight == C(0)) ? V<C>{} : weight * g;
   }
   const C mean = sum_lanes<C>(delta) - dlse;
   for (int64_t j = 0; j < keys; j += L) {
-    const V<C> w = load_n<C>(s + j, keys - j), g = load_n<C>(dp + j, keys - j);
-    store_n<C>(dp + j, w * (g - mean), keys - j);
+    const V<C> weight = load_n<C>(w + j, keys - j), g = load_n<C>(dp + j, keys - j);
+    store_n<C>(dp + j, (weight == C(0)) ? V<C>{} : weight * (g - mean), keys - j);
   }
 }
 
@@ -122,43 +121,44 @@ struct AdditiveBackwardPass {
     }
   }
 
-  // As `all_queries`, for one query. Does nothing and returns false where the keys are NaN or so
-  // small that E - 1 is too coarse for the gradient of v.
+  // As `all_queries`, for one query. Does nothing and returns false where the keys are NaN.
   bool one_query(int64_t b, int64_t keys, const AdditiveVector<C>& vector) {
     if (a.Tq != 1 || keys == 0 || !vector.ordinary) return false;
-    C *scores = s, *g = dp, *saved = k.exps;
-    q.bounds[0] = exponentials<S, C>(token_at<S>(a.query, b, 0), a.D, q.rows, q.exps);
-    const C top =
-        score_single<S, C, true>(q.rows, token_at<S>(a.key, b, 0), a.key.row, keys,
-                                 token_at<S>(a.value, b, 0), a.value.row, vector, scores, saved);
+    C *w = s, *g = dp, *tanhs = k.exps;
+    S* const to_key = f.dkey ? static_cast<S*>(f.dkey) + b * a.Tk * a.D : nullptr;
+    S* const to_value = f.dvalue ? static_cast<S*>(f.dvalue) + b * a.Tk * a.Dv : nullptr;
+    const NextRows<S> values{token_at<S>(a.value, b, 0), a.value.row};
+    const NextRows<S> next[] = {values};
+    copy_row<C>(q.rows, token_at<S>(a.query, b, 0), a.D, stride);
+    score_single<S, C, true>(q.rows, token_at<S>(a.key, b, 0), a.key.row, keys, next, vector, w,
+                             tanhs);
     for (int64_t j = 0; j < keys; ++j)
-      if (scores[j] != scores[j]) return false;
-    if (top <= FormBounds<C>::tiny) return false;
-    finish_scores<C>(a, b, 0, keys, scores);
+      if (w[j] != w[j]) return false;
+    finish_scores<C>(a, b, 0, keys, w);
+    // Not by the forward's lse, whose scores had other roundings: large ones would not add up.
+    C total;
+    softmax_row<C>(w, keys, total);
+    for (int64_t j = 0; j < keys; ++j) w[j] /= total == C(0) ? C(1) : total;
     read_gradient(b, 0);
-    multiply_single<S, C>(d_o, token_at<S>(a.value, b, 0), a.value.row, keys, a.Dv, g);
-    finish_gradients(b, 0, keys, scores, g);
+    multiply_single<S, C>(d_o, values.at, values.row, keys, a.Dv, g);
+    finish_gradients(b, 0, keys, w, g);
     // The slope of the keys' gradients; dq is multiplied by it at the end.
     C* const slope = k.rows;
     for (int64_t d = 0; d < vector.padded; ++d) slope[d] = 1;
     finish_row<C>(slope, vector, C(a.scale));
     clear(dq, stride);
-    S* const to = f.dkey ? static_cast<S*>(f.dkey) + b * a.Tk * a.D : nullptr;
     int64_t j = 0;
     for (; j + 4 <= keys; j += 4)
-      gradients_single<S, C, 4>(saved + j * vector.padded, g + j, slope, a.D, vector.padded, dq, dv,
-                                to ? to + j * a.D : nullptr);
+      gradients_single<S, C, 4>(tanhs + j * vector.padded, g + j, slope, a.D, vector.padded, dq, dv,
+                                to_key ? to_key + j * a.D : nullptr);
     for (; j < keys; ++j)
-      gradients_single<S, C, 1>(saved + j * vector.padded, g + j, slope, a.D, vector.padded, dq, dv,
-                                to ? to + j * a.D : nullptr);
-    if (to) clear_row(to + keys * a.D, (a.Tk - keys) * a.D);
+      gradients_single<S, C, 1>(tanhs + j * vector.padded, g + j, slope, a.D, vector.padded, dq, dv,
+                                to_key ? to_key + j * a.D : nullptr);
+    if (to_key) clear_row(to_key + keys * a.D, (a.Tk - keys) * a.D);
     write_rows(f.dquery, b, 1, 1, dq, vector);
-    if (!f.dvalue) return true;
-    S* const values_to = static_cast<S*>(f.dvalue) + b * a.Tk * a.Dv;
-    for (j = 0; j < keys; ++j)
-      for (int64_t d = 0; d < a.Dv; d += L)
-        store_n<C>(values_to + j * a.Dv + d, scores[j] * load<C>(d_o + d), a.Dv - d);
-    clear_row(values_to + keys * a.Dv, (a.Tk - keys) * a.Dv);
+    if (!to_value) return true;
+    dvalue_single<S, C>(w, d_o, keys, a.Dv, to_value);
+    clear_row(to_value + keys * a.Dv, (a.Tk - keys) * a.Dv);
     return true;
   }
 
@@ -196,8 +196,10 @@ struct AdditiveBackwardPass {
       read_gradient(b * a.Tq + first + i, i);
     }
     multiply(m, d_o, ld_o, value_panels, a.Dv, ceil_div(keys, W), dp, ld_s, true);
-    for (int64_t i = 0; i < m; ++i)
+    for (int64_t i = 0; i < m; ++i) {
+      weights_from<C>(s + i * ld_s, keys, static_cast<const C*>(f.lse)[b * a.Tq + first + i]);
       finish_gradients(b, first + i, keys, s + i * ld_s, dp + i * ld_s);
+    }
     if (f.dvalue) add_values(m, keys);
     if (!f.dquery && !f.dkey && !f.dv) return;
     clear(dq, m * stride);
@@ -215,8 +217,8 @@ struct AdditiveBackwardPass {
       copy_row<C>(d_o + i * ld_o, static_cast<const S*>(f.d_o) + at * a.Dv, a.Dv, ld_o);
   }
 
-  // From the scores and do . value of a query: its weights and ds, in their places.
-  void finish_gradients(int64_t b, int64_t i, int64_t keys, C* scores, C* g) {
+  // From the weights and do . value of a query: its ds, in place of the latter.
+  void finish_gradients(int64_t b, int64_t i, int64_t keys, const C* w, C* g) {
     const int64_t at = b * a.Tq + i;
     if (f.dweights) {
       const S* dw = static_cast<const S*>(f.dweights) + at * a.Tk;
@@ -224,7 +226,7 @@ struct AdditiveBackwardPass {
         store_n<C>(g + j, load_n<C>(g + j, keys - j) + load_n<C>(dw + j, keys - j), keys - j);
     }
     const C dlse = f.dlse ? static_cast<const C*>(f.dlse)[at] : C(0);
-    score_gradients<C>(scores, g, keys, static_cast<const C*>(f.lse)[at], dlse);
+    score_gradients<C>(w, g, keys, dlse);
     add_bias_gradient(i, g, keys);
   }
 

@@ -184,8 +184,9 @@ struct AdditiveForwardPass {
     const int64_t keys = keys_of(a, b);
     prepare_tokens<S, C>(token_at<S>(a.query, b, first), a.query.row, m, a.D, q);
     if (one_query(vector)) {
-      score_single<S, C, false>(q.rows, token_at<S>(a.key, b, 0), a.key.row, keys,
-                                token_at<S>(a.value, b, 0), a.value.row, vector, s, nullptr);
+      const NextRows<S> next[] = {{token_at<S>(a.value, b, 0), a.value.row}};
+      score_single<S, C, false>(q.rows, token_at<S>(a.key, b, 0), a.key.row, keys, next, vector, s,
+                                nullptr);
     } else {
       for (int64_t j = 0; j < keys; j += kKeys) {
         const int64_t n = min_(keys - j, kKeys);
