@@ -128,7 +128,8 @@ struct AdditiveBackwardPass {
     S* const to_key = f.dkey ? static_cast<S*>(f.dkey) + b * a.Tk * a.D : nullptr;
     S* const to_value = f.dvalue ? static_cast<S*>(f.dvalue) + b * a.Tk * a.Dv : nullptr;
     const NextRows<S> values{token_at<S>(a.value, b, 0), a.value.row};
-    const NextRows<S> next[] = {values};
+    const NextRows<S> next[] = {values, to_key ? NextRows<S>{to_key, a.D} : values,
+                                to_value ? NextRows<S>{to_value, a.Dv} : values};
     copy_row<C>(q.rows, token_at<S>(a.query, b, 0), a.D, stride);
     score_single<S, C, true>(q.rows, token_at<S>(a.key, b, 0), a.key.row, keys, next, vector, w,
                              tanhs);
