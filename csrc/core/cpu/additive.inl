@@ -88,6 +88,22 @@ SK_INLINE V<C> absolute(V<C> x) {
   return (x < C(0)) ? -x : x;
 }
 
+// Whether |x| is at most the limit in all lanes; false where there is a NaN.
+template <class C>
+SK_INLINE bool all_within(V<C> x, C limit) {
+  const V<C> size = absolute<C>(x);
+#ifdef SK_AVX512
+  if constexpr (sizeof(C) == 4)
+    return _mm512_cmp_ps_mask(bit_cast<__m512>(size), bit_cast<__m512>(splat(limit)), _CMP_LE_OQ) ==
+           0xffff;
+#endif
+  const auto within = size <= limit;
+  uint64_t parts[SK_VBYTES / 8], all = ~uint64_t(0);
+  __builtin_memcpy(parts, &within, sizeof(parts));
+  for (uint64_t part : parts) all &= part;
+  return all == ~uint64_t(0);
+}
+
 // 1 / b for b in [1, 2^125].
 template <class C>
 SK_INLINE V<C> reciprocal(V<C> b) {
@@ -187,10 +203,8 @@ static AdditiveVector<C> prepare_vector(const S* v, int64_t D, C* to) {
   const int64_t padded = round_up(D, kLanes<C>);
   copy_row<C>(to, v, D, padded);
   bool ordinary = true;
-  for (int64_t i = 0; i < padded; i += kLanes<C>) {
-    const V<C> a = load<C>(to + i), size = absolute<C>(a);
-    for (int l = 0; l < kLanes<C>; ++l) ordinary = ordinary && size[l] <= FormBounds<C>::v;
-  }
+  for (int64_t i = 0; i < padded; i += kLanes<C>)
+    ordinary = ordinary && all_within<C>(load<C>(to + i), FormBounds<C>::v);
   return {to, D, ordinary, padded};
 }
 

@@ -57,25 +57,11 @@ inline __attribute__((always_inline)) V<float> tanh_single<float>(V<float> x) {
 }
 #endif
 
-template <class C>
-SK_INLINE bool any_over(V<C> x, C limit) {
-#ifdef SK_AVX512
-  if constexpr (sizeof(C) == 4)
-    return _mm512_cmp_ps_mask(bit_cast<__m512>(x), bit_cast<__m512>(splat(limit)), _CMP_GT_OQ) != 0;
-#endif
-  const auto over = x > limit;
-  uint64_t parts[SK_VBYTES / 8], any = 0;
-  __builtin_memcpy(parts, &over, sizeof(parts));
-  for (uint64_t part : parts) any |= part;
-  return any != 0;
-}
-
 // Whether the tiny form serves all of q + k. Ordinary rows say no in their first vector.
 template <class S, class C>
 SK_INLINE bool all_tiny(const C* q, const S* k, int64_t n) {
   for (int64_t d = 0; d < n; d += kLanes<C>)
-    if (any_over<C>(absolute<C>(load<C>(q + d) + load_n<C>(k + d, n - d)), FormBounds<C>::tiny))
-      return false;
+    if (!all_within<C>(load<C>(q + d) + load_n<C>(k + d, n - d), FormBounds<C>::tiny)) return false;
   return true;
 }
 
