@@ -163,14 +163,14 @@ CARD = {"sm_120": (170, True), "sm_80": (108, False), "sm_90a": (132, True)}
 # Likewise for a cluster's forward, its backward, and a grid that has both.
 LARGEST_SHARED = {
     ("LSTM", torch.float32): ((256, 0, 352), (176, 0, 288), (240, 416, 592)),
-    ("LSTM", "tf32"): ((320, 0, 512), (256, 0, 416), (496, 640, 832)),
-    ("LSTM", torch.bfloat16): ((512, 0, 672), (480, 0, 576), (1008, 1280, 1664)),
+    ("LSTM", "tf32"): ((320, 0, 512), (256, 0, 416), (496, 672, 848)),
+    ("LSTM", torch.bfloat16): ((512, 0, 768), (480, 0, 624), (1008, 1360, 1696)),
     ("GRU", torch.float32): ((256, 0, 480), (240, 0, 384), (336, 560, 784)),
-    ("GRU", "tf32"): ((416, 0, 512), (320, 0, 512), (640, 896, 1088)),
-    ("GRU", torch.float16): ((512, 0, 768), (512, 0, 768), (1280, 1728, 2112)),
+    ("GRU", "tf32"): ((416, 0, 512), (320, 0, 512), (672, 896, 1120)),
+    ("GRU", torch.float16): ((576, 0, 768), (512, 0, 768), (1360, 1728, 2112)),
     ("RNN_TANH", torch.float32): ((480, 0, 768), (480, 0, 768), (992, 1680, 2112)),
-    ("RNN_TANH", "tf32"): ((624, 0, 960), (672, 0, 1024), (1984, 1728, 2112)),
-    ("RNN_RELU", torch.bfloat16): ((1024, 0, 1280), (1024, 0, 1344), (2720, 3200, 4032)),
+    ("RNN_TANH", "tf32"): ((720, 0, 960), (720, 0, 1024), (2016, 1728, 2112)),
+    ("RNN_RELU", torch.bfloat16): ((1024, 0, 1344), (1024, 0, 1440), (2720, 3232, 4064)),
 }
 
 
@@ -189,6 +189,13 @@ def test_largest_layer_of_blocks_that_share_it(mode, dtype):
         grid = min(reached["grid", False], reached["grid", True])
         found = (reached.get(("cluster", False), 0), reached.get(("cluster", True), 0), grid)
         assert found == tuple(of[i] for of in LARGEST_SHARED[mode, dtype]), arch
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_lstm_of_768_units_goes_through_a_cluster(dtype):
+    """Of 16 blocks with 3 groups of units each, on a card like the H200."""
+    plans = emulator.plans("LSTM", dtype, 768, False, (SHARED["sm_90a"], *CARD["sm_90a"]))
+    assert plans[0][:4] == ("cluster", 16, 3, 8)
 
 
 @pytest.mark.parametrize("products", ["bfloat16", "float32", "tf32"])

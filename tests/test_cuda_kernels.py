@@ -147,13 +147,14 @@ def test_values_of_a_launch_for_each_step(mode: str, kind: Kind, shape: dict) ->
     problem.assert_right(problem.block(1, "steps"))
 
 
-# Two to four blocks share a slice, of 16 or 32 units each, and one to four warps a group of units.
-# As many slices as the emulated device holds run at once; the others follow.
+# Two to four blocks share a slice, of 16 to 48 units each, and one to four warps a group of units;
+# of three groups, two have three warps and one has two (in float32 two each). As many slices as the emulated device holds run at once; the others follow.
 SHARED = [
     ({"T": 4, "B": 3, "H": 20}, 1),
     ({"T": 1, "B": 1, "H": 33, "D": 2, "bias": False}, 1),
     ({"lengths": (5, *[4] * 7, 3, 1, 1), "H": 60, "D": 2}, 1),
     ({"lengths": (3, 2), "H": 40, "D": 2}, 2),
+    ({"T": 2, "B": 3, "H": 100}, 3),
 ]
 
 

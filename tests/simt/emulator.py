@@ -99,7 +99,7 @@ class Plan(NamedTuple):
     skeleton: str
     members: int
     groups: int
-    splits: int
+    warps: int
     shared: int
     words: int
 

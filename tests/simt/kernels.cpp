@@ -213,7 +213,7 @@ extern "C" int block_fits(int mode, int type, int64_t H, int64_t limit) {
          candidate(card, Mode(mode), Type(type), H, true, 0, &plan);
 }
 
-// Candidate number `i` for a card, as skeleton, members, groups, splits, bytes of shared memory and
+// Candidate number `i` for a card, as skeleton, members, groups, warps, bytes of shared memory and
 // words; 0 beyond the last.
 extern "C" int plan_on(int mode, int type, int64_t H, int backward, int64_t shared, int64_t blocks,
                        int clusters, int i, int64_t* out) {
@@ -221,7 +221,7 @@ extern "C" int plan_on(int mode, int type, int64_t H, int backward, int64_t shar
   card.shared = shared, card.blocks = blocks, card.clusters = clusters, card.grids = true;
   Plan p;
   if (!candidate(card, Mode(mode), Type(type), H, backward, i, &p)) return 0;
-  const int64_t found[] = {int64_t(p.skeleton), p.members, p.groups, p.splits, p.shared, p.words};
+  const int64_t found[] = {int64_t(p.skeleton), p.members, p.groups, p.warps, p.shared, p.words};
   std::copy(found, found + 6, out);
   return 1;
 }

@@ -7,6 +7,7 @@
 // whole sequence, or shares them with other warps that each take a part of k. W_hh stays in
 // registers and shared memory over all steps, which bounds H.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -18,6 +19,7 @@ constexpr int kSliceRows = 8;  // rows of the batch in a block: the columns of o
 constexpr int kWarpUnits = 16;
 constexpr int kStages = 2;     // steps whose input projections are under way at once
 constexpr int kTileWords = 8;  // of four bytes along k, in one product: 16 bf16 or f16, 8 tf32
+constexpr int kTileBytes = 32 * 16;  // of a tile of the weights of one gate over a warp
 
 // Warps of a block that has a slice to itself, so that each thread may have 168 registers, and of
 // one that shares it, for 255: those that a thread needs besides weights are many, and fewer
@@ -36,12 +38,19 @@ constexpr int held_tiles(int gates, bool backward, bool alone) {
   return gates == 4 ? (backward ? 6 : 7) : gates == 3 ? (backward ? 8 : 9) : 24;
 }
 
+// What one warp does where several blocks share a slice, and several warps a group of units.
+struct Part {
+  int32_t group = 0;              // its units
+  int32_t split = 0, splits = 1;  // which part of their sums and cells it has, of how many
+  int32_t first = 0, count = 0;   // the tiles of k in that part
+  int32_t rest = 0;               // tiles of earlier warps whose weights lie in shared memory
+};
+
 struct Plan {
   Skeleton skeleton = Skeleton::block;
   int32_t members = 1;   // blocks that share a slice
   int32_t groups = 0;    // of 16 units in a block
   int32_t units = 0;     // of a block
-  int32_t splits = 1;    // warps that share the products of a group
   int32_t warps = 0;     // of a block
   int32_t depth = 0;     // H padded to whole tiles, or to the units of all members
   int32_t tiles = 0;     // of k in depth
@@ -52,7 +61,24 @@ struct Plan {
   int64_t partials = 0;  // bytes of the sums over parts of k
   int64_t shared = 0;    // bytes in all, with a cluster's barriers
   int64_t words = 0;     // 8-byte words in global memory through which a grid's slice is passed on
+  Part parts[kTeamWarps];  // of each warp, but not where a block is alone
 };
+
+// Gives all warps work: groups with a lower number may have one warp more than the others. Returns
+// the tiles of all warps whose weights lie in shared memory.
+inline int32_t share_out(Plan& p, int held) {
+  int32_t rest = 0;
+  for (int warp = 0; warp < p.warps; ++warp) {
+    Part& part = p.parts[warp];
+    part.group = warp % p.groups, part.split = warp / p.groups;
+    part.splits = (p.warps - part.group + p.groups - 1) / p.groups;
+    part.first = part.split * p.tiles / part.splits;
+    part.count = (part.split + 1) * p.tiles / part.splits - part.first;
+    part.rest = rest;
+    if (part.count > held) rest += part.count - held;
+  }
+  return rest;
+}
 
 // The launch of the forward or the backward on blocks of 16 `groups` units; `shared` may exceed
 // what a device has.
@@ -65,19 +91,20 @@ inline Plan plan_of(Skeleton skeleton, Mode mode, Type type, int64_t H, bool bac
   p.members = alone ? 1 : int32_t((H + p.units - 1) / p.units);
   p.depth = alone ? int32_t((H + tile - 1) / tile * tile) : p.members * p.units;
   p.tiles = p.depth / tile;
-  while (!alone && (p.splits + 1) * groups <= kTeamWarps && p.splits < p.tiles) ++p.splits;
-  p.warps = groups * p.splits;
+  // Uneven parts of k make room in more registers; fp32 has no weights there.
+  const int most = type == Type::f32 ? kTeamWarps / groups * groups : kTeamWarps;
+  p.warps = alone ? groups : std::min(most, groups * p.tiles);
   // A row of h is 16 bytes more than a multiple of 32, which spreads eight rows over all banks.
   p.row = int32_t(rows * p.depth + 16 / size);
-  const int64_t resting = (p.tiles + p.splits - 1) / p.splits - held_tiles(gates, backward, alone);
-  const int64_t fragment = 32 * 16;  // bytes of a tile of the weights over a warp
+  const int held = held_tiles(gates, backward, alone);
+  const int64_t rest = alone ? groups * std::max(p.tiles - held, 0) : share_out(p, held);
   p.weights = type == Type::f32 ? int64_t(groups) * gates * kWarpUnits * p.depth * size
-                                : int64_t(p.warps) * gates * (resting > 0 ? resting : 0) * fragment;
+                                : rest * gates * kTileBytes;
   // Others write into a cluster's copies, so that one of them is read while the next one fills.
   p.states = (skeleton == Skeleton::grid ? 1ll : 2ll) * kSliceRows * p.row * size;
   const int64_t values = int64_t(groups) * 32 * 4 * sizeof(float);  // four for each thread
   p.ring = backward ? 0 : kStages * gates * values;
-  p.partials = alone ? 0 : (p.splits - 1) * (backward ? 1 : gates) * values;
+  p.partials = alone ? 0 : (p.parts[0].splits - 1) * (backward ? 1 : gates) * values;
   p.shared = p.weights + p.states + p.ring + p.partials;
   if (skeleton == Skeleton::cluster) p.shared += 2 * sizeof(uint64_t);
   if (skeleton == Skeleton::grid) p.words = 2ll * kSliceRows * rows * p.depth * size / 4;

@@ -16,21 +16,21 @@
 namespace seqkern::cuda {
 
 struct Lane {
-  int lane, group, split;  // the warp's units, and which part of k it takes
-  int unit, row;           // of the layer and of the slice, of element [0]
-  int tile, tiles;         // that part: the first of its tiles, and how many
+  int lane, group, split, splits;  // the warp's units, and which part of k it takes, of how many
+  int unit, row;                   // of the layer and of the slice, of element [0]
+  int tile, tiles;                 // that part: the first of its tiles, and how many
 };
 
 // kParts: several blocks share a slice, and several warps a group of units.
 template <bool kParts>
 SK_DEVICE Lane this_lane(const Plan& plan) {
   const int warp = device::thread_index() / 32, lane = device::thread_index() % 32;
-  Lane me{lane, warp, 0, warp * kWarpUnits + lane / 4, lane % 4 * 2, 0, plan.tiles};
+  Lane me{lane, warp, 0, 1, warp * kWarpUnits + lane / 4, lane % 4 * 2, 0, plan.tiles};
   if (kParts) {
-    me.group = warp % plan.groups, me.split = warp / plan.groups;
-    me.unit = (device::block_x() * plan.groups + me.group) * kWarpUnits + lane / 4;
-    me.tile = me.split * me.tiles / plan.splits;
-    me.tiles = (me.split + 1) * me.tiles / plan.splits - me.tile;
+    const Part& part = plan.parts[warp];
+    me.group = part.group, me.split = part.split, me.splits = part.splits;
+    me.unit = (device::block_x() * plan.groups + part.group) * kWarpUnits + lane / 4;
+    me.tile = part.first, me.tiles = part.count;
   }
   return me;
 }
@@ -60,10 +60,9 @@ struct Product {
   SK_DEVICE Product(const Plan& plan, const void* w, int64_t H, char* shared)
       : apart(plan.depth / kValues), row(plan.row / kValues), me(this_lane<kParts>(plan)) {
     tiles = me.tiles;
-    const int most = kParts ? (plan.tiles + plan.splits - 1) / plan.splits : tiles;
-    const int64_t fragments = most > kHeld ? (most - kHeld) * G : 0;
-    const int warp = kParts ? me.split * plan.groups + me.group : me.group;
-    rest = reinterpret_cast<device::Words4*>(shared) + warp * fragments * 32 + me.lane;
+    const int before = kParts ? plan.parts[device::thread_index() / 32].rest
+                              : me.group * (tiles > kHeld ? tiles - kHeld : 0);
+    rest = reinterpret_cast<device::Words4*>(shared + int64_t(before) * G * kTileBytes) + me.lane;
     SK_UNROLL
     for (int tile = 0; tile < kHeld; ++tile) {
       const int at =

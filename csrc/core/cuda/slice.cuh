@@ -47,7 +47,7 @@ struct Slice {
   SK_DEVICE int64_t unit(int e) const { return lane.unit + e / 2 * 8; }
   SK_DEVICE int local_row(int e) const { return lane.row + e % 2; }
   SK_DEVICE int64_t row(int e) const { return first + local_row(e); }
-  SK_DEVICE int owner(int e) const { return e * s.plan.splits / 4; }
+  SK_DEVICE int owner(int e) const { return e * lane.splits / 4; }
   SK_DEVICE bool owns(int e) const { return !kParts || owner(e) == lane.split; }
   SK_DEVICE bool mine(int e) const { return unit(e) < s.H && owns(e); }
   SK_DEVICE bool exists(int e) const { return row(e) < s.B && mine(e); }
@@ -109,7 +109,7 @@ SK_DEVICE void add_partials(const Slice<true>& me, float* partials, float (&sums
     if (!me.owns(e)) continue;
     float total[V] = {};
     SK_NO_UNROLL
-    for (int split = 0; split < me.s.plan.splits; ++split) {
+    for (int split = 0; split < me.lane.splits; ++split) {
       SK_UNROLL
       for (int v = 0; v < V; ++v)
         total[v] += split == me.lane.split ? sums[v][e] : device::load(at(split, v, e));
