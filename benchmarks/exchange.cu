@@ -3,8 +3,9 @@
 //
 //   nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/exchange.cu -o exchange && ./exchange
 //
-// "bytes" is what every block has after a step: eight rows of h, or of the gradients of four gates.
-// An exchange whose blocks the device cannot run together is not launched, and its line says so.
+// "bytes" is what every block has after a step: eight rows of h, or of the gradients of four gates;
+// in the backward of a cluster it is what it gets, the parts of its units' dh from all members. An
+// exchange whose blocks the device cannot run together is not launched, and its line says so.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "core/cuda/exchange.cuh"
+#include "core/cuda/scatter.cuh"
 
 using namespace seqkern;
 using namespace seqkern::cuda;
@@ -25,6 +27,32 @@ void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   std::fprintf(stderr, "exchange: %s: %s\n", what, cudaGetErrorString(error));
   std::exit(1);
+}
+
+// Every warp sends its parts for all members `steps` times, and every block adds up what it gets.
+SK_KERNEL(Cluster::kWarps * 32)
+scatter_steps(const Sequence s, int64_t steps, int* wrong) {
+  if constexpr (Cluster::kExists) {
+    const Plan& plan = s.plan;
+    const Part& part = plan.parts[device::thread_index() / 32];
+    const float mine = float(1 + device::block_x());
+    const Cluster exchange(s, device::shared_memory());
+    exchange.prepare();
+    float total = 0.0f;
+    for (int64_t step = 1; step <= steps; ++step) {
+      device::sync_threads();
+      Outputs outputs(plan, part);
+      for (int i = 0; i < kPair * part.count; ++i) {
+        float sums[4] = {mine, mine, mine, mine};
+        outputs.send(exchange, step, sums);
+      }
+      exchange.await(step);
+      total = 0.0f;
+      for (int member = 0; member < plan.members; ++member)
+        total += exchange.part(step, member, part.group, part.split % 4);
+    }
+    if (total != float(plan.members * (plan.members + 1) / 2)) atomicAdd(wrong, 1);
+  }
 }
 
 // Every block fills the columns of its own units with its number, passes them on `steps` times, and
@@ -45,7 +73,7 @@ exchange_steps(const Sequence s, int64_t steps, int* wrong) {
         device::store(copies + c * copy + at(i), bf16{uint16_t(owner(i) == me ? 1 + me : 0)});
     const X exchange(s, device::shared_memory());
     device::sync_threads();
-    exchange.template prepare<bf16, R>();
+    exchange.prepare();
     for (int64_t step = 1; step <= steps; ++step) {
       device::sync_threads();
       if constexpr (X::kParts)
@@ -63,7 +91,9 @@ Sequence sequence(Skeleton skeleton, int members, int groups, bool backward) {
   Sequence s{};
   const int64_t H = int64_t(members) * groups * kWarpUnits;
   s.plan = plan_of(skeleton, Mode::lstm, Type::bf16, H, backward, groups);
+  s.plan.weights = 0;
   s.plan.shared = s.plan.states + (skeleton == Skeleton::cluster ? 2 * sizeof(uint64_t) : 0);
+  if (skeleton == Skeleton::cluster && backward) s.plan.shared += s.plan.partials;
   s.B = kSliceRows, s.H = H, s.D = 1, s.slices = 1;
   return s;
 }
@@ -151,7 +181,8 @@ struct Bench {
   void run(int R) {
     const char* refusal = set_up();
     const double nanoseconds = refusal ? 0 : nanoseconds_per_step();
-    const long long bytes = (long long)(kSliceRows)*R * s.plan.depth * 2;
+    const bool parts = s.plan.skeleton == Skeleton::cluster && R > 1;
+    const long long bytes = parts ? s.plan.arriving : (long long)(kSliceRows)*R * s.plan.depth * 2;
     std::printf("{\"exchange\": \"%s\", \"members\": %d, \"bytes\": %lld, ", name, s.plan.members,
                 bytes);
     if (refusal)
@@ -168,7 +199,11 @@ void run_all(const char* name, Skeleton skeleton, const std::vector<int>& member
   for (int n : members)
     for (int groups : each) {
       const auto forward = reinterpret_cast<const void*>(&exchange_steps<X, 1>);
-      const auto backward = reinterpret_cast<const void*>(&exchange_steps<X, 4>);
+      const void* backward = nullptr;
+      if constexpr (X::kScatters)
+        backward = reinterpret_cast<const void*>(&scatter_steps);
+      else
+        backward = reinterpret_cast<const void*>(&exchange_steps<X, 4>);
       Bench{name, forward, sequence(skeleton, n, groups, false), wrong}.run(1);
       Bench{name, backward, sequence(skeleton, n, groups, true), wrong}.run(4);
     }

@@ -1,7 +1,8 @@
 """The least time of a recurrent layer on a GPU, by a model of its parts, of which each is measured.
 
 A slice of the batch is the work of n thread blocks that hold the recurrent weights between them and
-exchange h (in the backward the gradients of the gates) once a step. Of a step:
+exchange h (in the backward the gradients of the gates, or in a cluster the parts of that of h) once
+a step. Of a step:
 
     t_product   2 G H^2 max(B_c, 8) flops on n of the multiprocessors, at torch.mm's rate
     t_weights   the weights beyond what registers hold, from shared memory; or, where the blocks
@@ -80,7 +81,7 @@ def measure() -> Rates:
 @dataclass(frozen=True)
 class Exchange:
     """A measured exchange: "block", "cluster" or "grid", the blocks that take part, the bytes that
-    all have after it, and its seconds."""
+    each has after it, and its seconds."""
 
     kind: str
     members: int
@@ -150,7 +151,10 @@ def placed_seconds(step: Step, rates: Rates, measured: list[Exchange], largest: 
         read = weights / (rates.l2 if weights <= rates.l2_bytes else rates.copy)
     else:
         return math.inf
-    passed = exchange_seconds(measured, rows * H * size * (G if step.backward else 1))
+    value = size * (G if step.backward else 1)
+    if step.backward and measured[0].kind == "cluster":
+        value = 4  # bytes of a part, whatever the dtype
+    passed = exchange_seconds(measured, rows * H * value)
     traffic = step.traffic / rates.copy / rounds
     return rounds * (max(product, read, traffic) + passed + POINTWISE_SECONDS)
 

@@ -148,7 +148,8 @@ def test_values_of_a_launch_for_each_step(mode: str, kind: Kind, shape: dict) ->
 
 
 # Two to four blocks share a slice, of 16 to 48 units each, and one to four warps a group of units;
-# of three groups, two have three warps and one has two (in float32 two each). As many slices as the emulated device holds run at once; the others follow.
+# of three groups, two have three warps and one has two (in the float32 forward two each). As many
+# slices as the emulated device holds run at once; the others follow.
 SHARED = [
     ({"T": 4, "B": 3, "H": 20}, 1),
     ({"T": 1, "B": 1, "H": 33, "D": 2, "bias": False}, 1),
@@ -171,14 +172,38 @@ def test_values_of_blocks_that_share_a_slice(mode, kind: Kind, skeleton: str, sh
 def test_values_of_many_blocks(mode: str) -> None:
     """Eight warps for each group of units, of which four have cells, and one step of k for most."""
     problem = Problem(mode, torch.bfloat16, T=3, B=2, H=125)
-    got = problem.block(1, "cluster", 1)
-    problem.assert_right(got)
-    assert_equal(problem.block(2, "grid", 1), got)
+    cluster, grid = problem.block(1, "cluster", 1), problem.block(2, "grid", 1)
+    problem.assert_right(cluster)
+    problem.assert_right(grid)
+    assert_equal(forward_of(grid), forward_of(cluster))
+
+
+@every_kind
+@every_mode
+def test_values_where_weights_of_a_cluster_lie_in_shared_memory(mode: str, kind: Kind) -> None:
+    """Three blocks of eight groups: beyond what registers hold, of pairs of tiles too, and the last
+    block has units that do not exist."""
+    problem = Problem(mode, kind, T=2, B=2, H=360)
+    problem.assert_right(problem.block(1, "cluster", 8))
+
+
+@pytest.mark.parametrize(("H", "lengths"), [(768, (2,)), (760, (3, 3, 2, 1))], ids=str)
+def test_values_of_the_largest_lstm_of_a_cluster(H: int, lengths) -> None:
+    """16 blocks of 3 groups each, whose warps share out k unevenly; in the backward each warp has 3
+    pairs of output tiles, with weights in registers and in shared memory."""
+    problem = Problem("LSTM", torch.bfloat16, lengths=lengths, H=H)
+    problem.assert_right(problem.block(1, "cluster", 3))
 
 
 def assert_equal(got: Results, expected: Results) -> None:
     for name, t in expected.items():
         assert torch.equal(got[name], t), name
+
+
+def forward_of(results: Results) -> Results:
+    """Which has the same order of sums in a cluster and in a grid; the backward has not."""
+    names = ("y", "h_n", "c_n", "gates", "cells")
+    return {name: t for name, t in results.items() if name in names}
 
 
 @every_kind
@@ -193,12 +218,13 @@ def test_any_order_of_threads_gives_the_same_bits(mode: str, kind: Kind) -> None
 @every_kind
 @every_mode
 def test_any_order_of_blocks_gives_the_same_bits(mode: str, kind: Kind) -> None:
-    """Whether the values go through a cluster or a grid."""
+    """And the forward whether h goes through a cluster or a grid."""
     problem = Problem(mode, kind, lengths=(6, 5, 5, 5, 5, 2, 2, 2, 2, 1), H=35, D=2)
-    expected = problem.block(0, "cluster")
-    for skeleton, seeds in (("cluster", (1, 2)), ("grid", (0, 1, 2))):
-        for seed in seeds:
-            assert_equal(problem.block(seed, skeleton), expected)
+    expected = {skeleton: problem.block(0, skeleton) for skeleton in ("cluster", "grid")}
+    assert_equal(forward_of(expected["grid"]), forward_of(expected["cluster"]))
+    for skeleton, found in expected.items():
+        for seed in (1, 2):
+            assert_equal(problem.block(seed, skeleton), found)
 
 
 @pytest.mark.parametrize("skeleton", ["block", "cluster", "grid"])

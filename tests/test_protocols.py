@@ -1,4 +1,5 @@
-"""How the blocks that share a recurrent layer pass h on, in every order that can happen.
+"""How the blocks that share a recurrent layer pass h on, or parts of dh, in every order that can
+happen.
 
 The protocols are those of csrc/core/cuda; tests/protocols has them as small models. What a model
 cannot show, that the kernels do what it says, is the emulator's to show (test_cuda_kernels.py).
@@ -21,6 +22,12 @@ SOUND = [
     Cluster(3, 4),
     Cluster(4, 3),
     Cluster(2, 1),
+    Cluster(2, 6, scattered=True),
+    Cluster(2, 4, threads=2, scattered=True),
+    Cluster(2, 3, threads=3, scattered=True),
+    Cluster(3, 3, threads=2, scattered=True),
+    Cluster(3, 4, scattered=True),
+    Cluster(4, 3, scattered=True),
 ]
 
 
@@ -45,6 +52,12 @@ FAULTS = [
     (Cluster(2, 3, last_is_stored=True), "into the memory of"),
     (Cluster(2, 3, surplus=1), "deadlock"),
     (Cluster(3, 3, surplus=-1), "reads the h of step"),
+    (Cluster(2, 4, slots=1, scattered=True), "reads the h of step 1 for that of 0"),
+    (Cluster(2, 4, threads=2, after_reading=False, scattered=True), "reads the h of step"),
+    (Cluster(3, 4, barriers=1, scattered=True), "reads the h of step"),
+    (Cluster(2, 3, together=False, scattered=True), "deadlock"),
+    (Cluster(2, 3, last_is_stored=True, scattered=True), "into the memory of"),
+    (Cluster(2, 3, surplus=-1, scattered=True), "reads the h of step"),
 ]
 
 

@@ -24,7 +24,7 @@ DEVICE = "cuda"
 
 # From one block to clusters, grids and a launch for each step, as far as each card has them; on one
 # like the H200 forward and backward in each of these ways, as test_cuda_build.py computes.
-HIDDEN = (1, 17, 100, 280, 500, 600, 1000, 2056)
+HIDDEN = (1, 17, 100, 280, 500, 600, 768, 1000, 2056)
 SHAPES = [{"T": 1, "B": 1}, {"T": 4, "B": 19, "D": 2}, {"lengths": (7, 7, 5, 2, 1), "D": 2}]
 
 

@@ -6,6 +6,9 @@ arrives. A thread of the owner arms the barrier anew for each use, by an arrival
 many bytes to expect; a phase ends when that arrival and all bytes were seen, in either order.
 Threads wait for a phase by its parity. All threads of a member read, one of them stores: the least
 that a block's barrier between the two must hold together.
+
+In the backward (`scattered`) the pieces are parts of sums: each member has one for every member,
+itself included, and each of its threads stores those for some of them, when it comes to it.
 """
 
 from collections.abc import Iterator
@@ -30,6 +33,7 @@ class Cluster:
     threads: int = 1
     slots: int = 2
     barriers: int = 2
+    scattered: bool = False
     together: bool = True  # all have set up their barriers before anyone stores
     after_reading: bool = True  # a block stores only when all its threads have read
     last_is_stored: bool = False  # also h after the last step, which nobody awaits
@@ -46,7 +50,10 @@ class Cluster:
         return not state[1] and all(self._gone(member) for member in state[0])
 
     def representative(self, state: State) -> State:
-        """Members differ by their number alone, so one order of them stands for all."""
+        """Members differ by their number alone, so one order of them stands for all; but not where
+        the number says which thread stores."""
+        if self.scattered and self.threads > 1:
+            return state
         members, stores = state
 
         def seen(m: int) -> tuple:
@@ -81,12 +88,20 @@ class Cluster:
                 elif doing == READ:
                     self._check(copies[step % self.slots], m, step)
                     yield f"{m}.{w} has read {step}", self._after(state, m, w, (step, STORE))
-                elif doing == STORE and (w > 0 or self._may_store(threads, step)):
+                elif doing == STORE and (
+                    not self._receivers(m, w) or self._may_store(threads, step)
+                ):
                     yield f"{m}.{w} ends {step}", self._stores(state, m, w, step)
         yield from self._arrivals(state)
 
     def _armed(self) -> Barrier:
-        return 0, True, self.members - 1 + self.surplus
+        return 0, True, self.members - (not self.scattered) + self.surplus
+
+    def _receivers(self, m: int, w: int) -> list[int]:
+        """To whom thread `w` of member `m` stores."""
+        if self.scattered:
+            return list(range(w, self.members, self.threads))
+        return [j for j in range(self.members) if j != m and w == 0]
 
     def _gone(self, member: Member) -> bool:
         return all(doing == GONE for _, doing in member[0])
@@ -98,7 +113,7 @@ class Cluster:
 
     def _check(self, copy: Copy, m: int, step: int) -> None:
         for source, found in enumerate(copy):
-            if source != m and found != step:
+            if (self.scattered or source != m) and found != step:
                 raise Violation(f"{m} reads the h of step {found} for that of {step}")
 
     def _may_store(self, threads: tuple[Thread, ...], step: int) -> bool:
@@ -109,10 +124,9 @@ class Cluster:
     def _stores(self, state: State, m: int, w: int, step: int) -> State:
         last = step + 1 == self.steps
         members, stores = self._after(state, m, w, (step + 1, GONE if last else WAIT))
-        if w > 0 or (last and not self.last_is_stored):
+        if last and not self.last_is_stored:
             return members, stores
-        others = (j for j in range(self.members) if j != m)
-        new = ((j, m, step + 1) for j in others)
+        new = ((j, m, step + 1) for j in self._receivers(m, w))
         return members, tuple(sorted((*stores, *new)))
 
     def _arms(self, state: State, m: int, step: int) -> State:

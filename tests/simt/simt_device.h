@@ -68,7 +68,6 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity, SIMT_PLACE) {
 }
 inline void store_remote(Words4* to, const Words4& value, uint64_t* barrier, int rank, SIMT_PLACE) {
   simt::Block& b = simt::block();
-  if (rank == b.x) b.fail("a store into the block's own shared memory as another's", SIMT_AT);
   b.team->store_remote(b, to, value.v, barrier, rank, SIMT_AT);
 }
 
@@ -83,6 +82,7 @@ inline uint32_t to_bits(float x) {
   return bits;
 }
 
+inline uint32_t bits_of(float x) { return to_bits(x); }
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
 inline float to_float(f16 x) {

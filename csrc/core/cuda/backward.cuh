@@ -2,18 +2,22 @@
 // forward. It finds the gradients of the pre-activations, dg, and those of the initial
 // states; dx, dW and db are products and sums over the rows of dg afterwards.
 #pragma once
+#include <type_traits>
+
 #include "core/cuda/cells.cuh"
 #include "core/cuda/exchange.cuh"
 #include "core/cuda/product.cuh"
+#include "core/cuda/scatter.cuh"
 #include "core/cuda/slice.cuh"
 
 namespace seqkern::cuda {
 
-// X: how the blocks that share the slice exchange dg.
+// X: how the blocks that share the slice exchange dg, or parts of dh.
 template <Mode M, class S, class X>
 struct BackwardPass {
   using K = Cell<M>;
   static constexpr int G = K::kGates;
+  using Products = std::conditional_t<X::kScatters, Scatter<S, G>, Product<S, G, true, X::kParts>>;
 
   // What a step reads of one unit of one row, on its way from global memory.
   struct Kept {
@@ -22,7 +26,7 @@ struct BackwardPass {
 
   const BackwardCall& p;
   const Slice<X::kParts> me;
-  S* const states;  // copies of dg, (kSliceRows, row) each, the gates `depth` apart
+  S* const states;  // copies of dg, (kSliceRows, row) each, the gates `width` apart
   float dh[4], dc[4];
 
   SK_DEVICE BackwardPass(const BackwardCall& p_, char* shared)
@@ -80,7 +84,26 @@ struct BackwardPass {
   }
 
   // dh += W_hh^T dg of the step before; dead rows have dg = 0 and keep what they had.
-  SK_DEVICE void recur(const Product<S, G, true, X::kParts>& product, int64_t step) {
+  SK_DEVICE void recur(const Products& product, const X& exchange, int64_t step) {
+    if constexpr (X::kScatters)
+      return add_parts(exchange, step);
+    else
+      add_products(product, step);
+  }
+
+  SK_DEVICE void add_parts(const X& exchange, int64_t step) {
+    float total[4] = {};
+    exchange.await(step);
+    for (int member = 0; member < p.s.plan.members; ++member) {
+      SK_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (me.owns(e)) total[e] += exchange.part(step, member, me.lane.group, e);
+    }
+    SK_UNROLL
+    for (int e = 0; e < 4; ++e) dh[e] += total[e];
+  }
+
+  SK_DEVICE void add_products(const Products& product, int64_t step) {
     float sums[G][4];
     product.run(copy(step), sums);
     if constexpr (X::kParts) {
@@ -103,13 +126,13 @@ struct BackwardPass {
     }
   }
 
-  SK_DEVICE void run(const Product<S, G, true, X::kParts>& product, const X& exchange) {
+  SK_DEVICE void run(const Products& product, const X& exchange) {
     Kept next[4];
     fetch(0, next);
     for (int64_t step = 0; step < me.steps; ++step) {
       if constexpr (X::kParts) {
         // The exchange takes longer than memory does, so that one step's values are enough.
-        if (step > 0) recur(product, step);
+        if (step > 0) recur(product, exchange, step);
         SK_UNROLL
         for (int e = 0; e < 4; ++e) retreat(time(step), e, next[e], copy(step + 1));
         fetch(step + 1, next);
@@ -118,14 +141,17 @@ struct BackwardPass {
         SK_UNROLL
         for (int e = 0; e < 4; ++e) now[e] = next[e];
         fetch(step + 1, next);
-        if (step > 0) recur(product, step);
+        if (step > 0) recur(product, exchange, step);
         SK_UNROLL
         for (int e = 0; e < 4; ++e) retreat(time(step), e, now[e], copy(step + 1));
       }
       device::sync_threads();
-      if constexpr (X::kParts) exchange.template pass<S, G>(copy(step + 1), step + 1);
+      if constexpr (X::kScatters)
+        product.run(copy(step + 1), exchange, step + 1);
+      else if constexpr (X::kParts)
+        exchange.template pass<S, G>(copy(step + 1), step + 1);
     }
-    recur(product, me.steps);
+    recur(product, exchange, me.steps);
     SK_UNROLL
     for (int e = 0; e < 4; ++e) {
       me.template put_state<S>(p.dh0, e, dh[e]);
@@ -149,9 +175,14 @@ struct BackwardPass {
       SK_UNROLL
       for (int gate = 0; gate < G; ++gate)
         if (K::column(gate) == q && me.mine(e))
-          device::store(to + me.local_row(e) * p.s.plan.row + gate * p.s.plan.depth + me.unit(e),
+          device::store(to + me.local_row(e) * p.s.plan.row + gate * p.s.plan.width + column(e),
                         device::operand(value));
     }
+  }
+
+  // Of a unit in a copy.
+  SK_DEVICE int column(int e) const {
+    return int(me.unit(e)) - (X::kScatters ? device::block_x() * p.s.plan.units : 0);
   }
 
   SK_DEVICE void step_cell(const Kept& kept, int e, float* dg) {
@@ -176,11 +207,11 @@ recurrent_backward(const BackwardCall p) {
   if constexpr (X::kExists) {
     char* const shared = device::shared_memory();
     const int d = direction_of<X::kParts>(p.s);
-    const Product<S, Cell<M>::kGates, true, X::kParts> product(p.s.plan, p.w_hh[d], p.s.H, shared);
+    const typename BackwardPass<M, S, X>::Products product(p.s.plan, p.w_hh[d], p.s.H, shared);
     const X exchange(p.s, shared);
     BackwardPass<M, S, X> pass(p, shared);
     pass.prepare();
-    exchange.template prepare<S, Cell<M>::kGates>();
+    exchange.prepare();
     pass.run(product, exchange);
   }
 }

@@ -158,6 +158,7 @@ SK_DEVICE void store_remote(Words4* to, const Words4& value, uint64_t* barrier, 
       : "memory");
 }
 
+SK_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 SK_DEVICE float to_float(float x) { return x; }
 SK_DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 SK_DEVICE float to_float(f16 x) {

@@ -1,5 +1,9 @@
 // How the blocks that share a slice pass on what each computed of h, or of dg: rows of a copy in
-// shared memory, of which every block fills the columns of its own units and gets all others.
+// shared memory, of which every block fills the columns of its own units and gets all others. In
+// the backward of a cluster dg stays where it is, and parts of dh travel (scatter.cuh), for an LSTM
+// in 16 bits half as many bytes. A grid would gain nothing from that: every part has to be written
+// and read in words, each for one block alone, so those bytes would be the same for such an LSTM,
+// and four times as many for an Elman cell.
 //
 // No block waits for all to arrive: each waits for the values themselves. tests/protocols has both
 // protocols as models, of which every order is tried: nobody can be two steps ahead of another,
@@ -7,10 +11,10 @@
 // a barrier behind its own reads. So two slots for each value are enough, and what arrives last is
 // waited for, so that a block may end while the others go on.
 //
-// `pass` is called by all threads after a barrier, with steps 1, 2, ...; R is how many rows of
-// `depth` values lie side by side in a row of the copy: one of h, one of dg for each gate. All
-// threads see all values after it. `prepare` comes before the first `pass`, and after the copies
-// were cleared: others may store into them from then on.
+// `pass`, or `send` and then `await`, is called by all threads after a barrier, with steps 1, 2,
+// ...; R is how many rows of `depth` values lie side by side in a row of the copy: one of h, one of
+// dg for each gate. All threads see all values after it. `prepare` comes before the first of them,
+// and after the copies were cleared: others may store into them from then on.
 #pragma once
 #include "core/cuda/device.cuh"
 #include "core/cuda/plan.h"
@@ -19,18 +23,17 @@ namespace seqkern::cuda {
 
 // One block has all units.
 struct Alone {
-  static constexpr bool kParts = false, kExists = true;
+  static constexpr bool kParts = false, kExists = true, kScatters = false;
   static constexpr int kWarps = kMaxWarps;
   static constexpr int kCopies = 2;
   SK_DEVICE Alone(const Sequence&, char*) {}
-  template <class S, int R>
   SK_DEVICE void prepare() const {}
 };
 
 // Through global memory, in words of which one half is the value and the other the step: a reader
 // polls the values themselves, and each word is written whole.
 struct Grid {
-  static constexpr bool kParts = true, kExists = true;
+  static constexpr bool kParts = true, kExists = true, kScatters = false;
   static constexpr int kWarps = kTeamWarps;
   // One, since the words have the slots: the block reads it and refills it between barriers.
   static constexpr int kCopies = 1;
@@ -42,7 +45,6 @@ struct Grid {
   SK_DEVICE Grid(const Sequence& s, char*)
       : plan(s.plan), words(s.words + device::block_y() * s.plan.words) {}
 
-  template <class S, int R>
   SK_DEVICE void prepare() const {}
 
   // Word and place of a column of four bytes: eight rows of a column are 64 bytes side by side, and
@@ -106,54 +108,80 @@ struct Grid {
   }
 };
 
-// Through the shared memory of a cluster: each block stores into the copies of the others, and the
-// stores count themselves on a barrier there.
+// Through the shared memory of a cluster: each block stores into that of the others, and the stores
+// count themselves on a barrier there. There are two copies of what arrives, with a barrier each.
+// In the forward that is h, which everyone gets; in the backward every member sends every one,
+// itself included, a part of the sums for the units of the latter.
 struct Cluster {
-  static constexpr bool kParts = true, kExists = device::kHasClusters;
+  static constexpr bool kParts = true, kExists = device::kHasClusters, kScatters = true;
   static constexpr int kWarps = kTeamWarps;
   static constexpr int kCopies = 2;
 
   const Plan& plan;
   uint64_t* const barriers;  // one for each copy
+  float* const parts;        // (2, members, groups, 32, 4), four values of a lane
 
   SK_DEVICE Cluster(const Sequence& s, char* shared)
-      : plan(s.plan), barriers(reinterpret_cast<uint64_t*>(shared + s.plan.shared) - 2) {}
+      : plan(s.plan),
+        barriers(reinterpret_cast<uint64_t*>(shared + s.plan.shared) - 2),
+        parts(reinterpret_cast<float*>(shared + s.plan.weights + s.plan.states)) {}
 
-  template <class S, int R>
   SK_DEVICE void prepare() const {
     if (device::thread_index() == 0) {
       for (int i = 0; i < 2; ++i) device::barrier_set_up(barriers + i);
-      for (int i = 0; i < 2; ++i) device::barrier_expect(barriers + i, bytes<S, R>());
+      for (int i = 0; i < 2; ++i) device::barrier_expect(barriers + i, plan.arriving);
     }
     device::sync_cluster();
   }
 
-  // Of the other blocks, for each step.
-  template <class S, int R>
-  SK_DEVICE int bytes() const {
-    return (plan.members - 1) * plan.units * kSliceRows * R * int(sizeof(S));
+  // Until all of a step has arrived.
+  SK_DEVICE void await(int64_t step) const {
+    uint64_t* const barrier = barriers + (step & 1);
+    device::barrier_wait(barrier, uint32_t((step - 1) / 2 & 1));
+    if (device::thread_index() == 0) device::barrier_expect(barrier, plan.arriving);
   }
 
   template <class S, int R>
   SK_DEVICE void pass(S* copy, int64_t step) const {
+    static_assert(R == 1, "the backward sends parts of sums");
     constexpr int kValues = 16 / sizeof(S);
     const int lane = device::thread_index() % 32, row = lane % kSliceRows;
     const int warp = device::thread_index() / 32, warps = device::thread_count() / 32;
     const int me = device::block_x(), units = plan.units;
-    uint64_t* const barrier = barriers + (step & 1);
     SK_NO_UNROLL
     for (int other = warp; other < plan.members; other += warps) {
       if (other == me) continue;
-      SK_NO_UNROLL
-      for (int r = 0; r < R; ++r)
-        for (int i = lane / kSliceRows * kValues; i < units; i += 32 / kSliceRows * kValues) {
-          S* const at = copy + row * plan.row + r * plan.depth + me * units + i;
-          auto* const four = reinterpret_cast<device::Words4*>(at);
-          device::store_remote(four, device::load(four), barrier, other);
-        }
+      for (int i = lane / kSliceRows * kValues; i < units; i += 32 / kSliceRows * kValues) {
+        auto* const four =
+            reinterpret_cast<device::Words4*>(copy + row * plan.row + me * units + i);
+        device::store_remote(four, device::load(four), barriers + (step & 1), other);
+      }
     }
-    device::barrier_wait(barrier, uint32_t((step - 1) / 2 & 1));
-    if (device::thread_index() == 0) device::barrier_expect(barrier, bytes<S, R>());
+    await(step);
+  }
+
+  SK_DEVICE float* slot(int64_t step, int member, int group) const {
+    const int which = (int(step & 1) * plan.members + member) * plan.groups + group;
+    return parts + (which * 32 + device::thread_index() % 32) * 4;
+  }
+  // A lane's values are turned by this, so that those of one kind lie in different banks.
+  SK_DEVICE static int turn() { return device::thread_index() % 32 / 8; }
+
+  // A warp's sums for the units of one group of `member`, by all of its lanes.
+  SK_DEVICE void send(int64_t step, int member, int group, const float (&sums)[4]) const {
+    uint32_t once[4];
+    device::Words4 words;
+    SK_UNROLL
+    for (int i = 0; i < 4; ++i) once[i] = device::bits_of(turn() & 1 ? sums[(i + 3) % 4] : sums[i]);
+    SK_UNROLL
+    for (int i = 0; i < 4; ++i) words.v[i] = turn() & 2 ? once[(i + 2) % 4] : once[i];
+    device::store_remote(reinterpret_cast<device::Words4*>(slot(step, device::block_x(), group)),
+                         words, barriers + (step & 1), member);
+  }
+
+  // Value e of what `member` sent for a group of this block, after await().
+  SK_DEVICE float part(int64_t step, int member, int group, int e) const {
+    return device::load(slot(step, member, group) + (e + turn()) % 4);
   }
 };
 

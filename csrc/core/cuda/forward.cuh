@@ -169,7 +169,7 @@ recurrent_forward(const ForwardCall p) {
     const X exchange(p.s, shared);
     ForwardPass<M, S, X> pass(p, shared);
     pass.prepare();
-    exchange.template prepare<S, 1>();
+    exchange.prepare();
     pass.run(product, exchange);
   }
 }

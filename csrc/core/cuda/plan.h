@@ -3,9 +3,9 @@
 // compiler.
 //
 // A slice of the batch and one direction is the work of one block, or of several that split the
-// hidden units and pass h on (dg in the backward) after every step. A warp owns 16 units for the
-// whole sequence, or shares them with other warps that each take a part of k. W_hh stays in
-// registers and shared memory over all steps, which bounds H.
+// hidden units and pass h on after every step; in the backward dg, or parts of dh. A warp owns 16
+// units for the whole sequence, or shares them with other warps that each take a part of k. W_hh
+// stays in registers and shared memory over all steps, which bounds H.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -31,8 +31,13 @@ constexpr int kMaxCluster = 16;  // blocks
 // through words in global memory.
 enum class Skeleton : int { block = 0, cluster = 1, grid = 2 };
 
-// Tiles of k whose weights stay in registers, for each of `gates` products on the tensor cores:
-// what the other values of a step leave, or all that an Elman cell may need of one block.
+// The backward of a cluster (scatter.cuh) takes the units for which it has parts of sums in pairs
+// of tiles. The weights of a pair for one tile of k are a chunk; so many chunks stay in registers.
+constexpr int kPair = 2;
+constexpr int held_chunks(int gates) { return gates == 4 ? 4 : gates == 3 ? 5 : 15; }
+
+// Elsewhere: tiles of k whose weights stay in registers, for each of `gates` products on the tensor
+// cores: what the other values of a step leave, or all that an Elman cell may need of one block.
 constexpr int held_tiles(int gates, bool backward, bool alone) {
   if (alone) return gates == 4 ? (backward ? 3 : 4) : gates == 3 ? (backward ? 4 : 5) : kMaxWarps;
   return gates == 4 ? (backward ? 6 : 7) : gates == 3 ? (backward ? 8 : 9) : 24;
@@ -42,8 +47,8 @@ constexpr int held_tiles(int gates, bool backward, bool alone) {
 struct Part {
   int32_t group = 0;              // its units
   int32_t split = 0, splits = 1;  // which part of their sums and cells it has, of how many
-  int32_t first = 0, count = 0;   // the tiles of k in that part
-  int32_t rest = 0;               // tiles of earlier warps whose weights lie in shared memory
+  int32_t first = 0, count = 0;   // the tiles of k in that part; or the pairs of output tiles
+  int32_t rest = 0;               // tiles or chunks of earlier warps that lie in shared memory
 };
 
 struct Plan {
@@ -53,29 +58,33 @@ struct Plan {
   int32_t units = 0;     // of a block
   int32_t warps = 0;     // of a block
   int32_t depth = 0;     // H padded to whole tiles, or to the units of all members
-  int32_t tiles = 0;     // of k in depth
+  int32_t width = 0;     // of k in a block: depth, or the block's own units
+  int32_t tiles = 0;     // of k in width
   int32_t row = 0;       // elements between rows of h, or of dg, in shared memory
   int64_t weights = 0;   // bytes of W_hh in shared memory
   int64_t states = 0;    // bytes of the copies of h, or of dg
   int64_t ring = 0;      // bytes of the input projections under way
-  int64_t partials = 0;  // bytes of the sums over parts of k
+  int64_t partials = 0;  // bytes of the sums over parts of k, of warps or of members
+  int32_t arriving = 0;  // bytes that a cluster's block gets for a step
   int64_t shared = 0;    // bytes in all, with a cluster's barriers
   int64_t words = 0;     // 8-byte words in global memory through which a grid's slice is passed on
   Part parts[kTeamWarps];  // of each warp, but not where a block is alone
 };
 
 // Gives all warps work: groups with a lower number may have one warp more than the others. Returns
-// the tiles of all warps whose weights lie in shared memory.
-inline int32_t share_out(Plan& p, int held) {
+// the tiles, or chunks, of all warps whose weights lie in shared memory.
+inline int32_t share_out(Plan& p, bool scattered, int held) {
+  const int32_t pairs = (p.members * p.groups + kPair - 1) / kPair;
   int32_t rest = 0;
   for (int warp = 0; warp < p.warps; ++warp) {
     Part& part = p.parts[warp];
     part.group = warp % p.groups, part.split = warp / p.groups;
     part.splits = (p.warps - part.group + p.groups - 1) / p.groups;
-    part.first = part.split * p.tiles / part.splits;
-    part.count = (part.split + 1) * p.tiles / part.splits - part.first;
+    const int32_t all = scattered ? pairs : p.tiles, parts = scattered ? p.warps : part.splits;
+    const int32_t i = scattered ? warp : part.split;
+    part.first = i * all / parts, part.count = (i + 1) * all / parts - part.first;
     part.rest = rest;
-    if (part.count > held) rest += part.count - held;
+    rest += std::max((scattered ? p.tiles : 1) * part.count - held, 0);
   }
   return rest;
 }
@@ -85,28 +94,35 @@ inline int32_t share_out(Plan& p, int held) {
 inline Plan plan_of(Skeleton skeleton, Mode mode, Type type, int64_t H, bool backward, int groups) {
   const int gates = gates_of(mode), size = size_of(type), rows = backward ? gates : 1;
   const bool alone = skeleton == Skeleton::block;
+  const bool scattered = skeleton == Skeleton::cluster && backward;
   const int tile = kTileWords * 4 / size;
   Plan p;
   p.skeleton = skeleton, p.groups = groups, p.units = groups * kWarpUnits;
   p.members = alone ? 1 : int32_t((H + p.units - 1) / p.units);
   p.depth = alone ? int32_t((H + tile - 1) / tile * tile) : p.members * p.units;
-  p.tiles = p.depth / tile;
+  p.width = scattered ? p.units : p.depth, p.tiles = p.width / tile;
   // Uneven parts of k make room in more registers; fp32 has no weights there.
   const int most = type == Type::f32 ? kTeamWarps / groups * groups : kTeamWarps;
-  p.warps = alone ? groups : std::min(most, groups * p.tiles);
+  p.warps = alone ? groups : scattered ? kTeamWarps : std::min(most, groups * p.tiles);
   // A row of h is 16 bytes more than a multiple of 32, which spreads eight rows over all banks.
-  p.row = int32_t(rows * p.depth + 16 / size);
-  const int held = held_tiles(gates, backward, alone);
-  const int64_t rest = alone ? groups * std::max(p.tiles - held, 0) : share_out(p, held);
+  p.row = int32_t(rows * p.width + 16 / size);
+  const int held = scattered ? held_chunks(gates) : held_tiles(gates, backward, alone);
+  const int64_t rest = alone ? groups * std::max(p.tiles - held, 0) : share_out(p, scattered, held);
   p.weights = type == Type::f32 ? int64_t(groups) * gates * kWarpUnits * p.depth * size
-                                : rest * gates * kTileBytes;
-  // Others write into a cluster's copies, so that one of them is read while the next one fills.
+                                : rest * (scattered ? kPair : 1) * gates * kTileBytes;
+  // One copy is read while the next one fills; of a grid's, the words have the slots.
   p.states = (skeleton == Skeleton::grid ? 1ll : 2ll) * kSliceRows * p.row * size;
   const int64_t values = int64_t(groups) * 32 * 4 * sizeof(float);  // four for each thread
   p.ring = backward ? 0 : kStages * gates * values;
-  p.partials = alone ? 0 : (p.parts[0].splits - 1) * (backward ? 1 : gates) * values;
+  p.partials = alone       ? 0
+               : scattered ? 2 * p.members * values
+                           : (p.parts[0].splits - 1) * (backward ? 1 : gates) * values;
   p.shared = p.weights + p.states + p.ring + p.partials;
-  if (skeleton == Skeleton::cluster) p.shared += 2 * sizeof(uint64_t);
+  if (skeleton == Skeleton::cluster) {
+    p.shared += 2 * sizeof(uint64_t);
+    p.arriving =
+        int32_t(scattered ? p.members * values : (p.members - 1ll) * p.units * kSliceRows * size);
+  }
   if (skeleton == Skeleton::grid) p.words = 2ll * kSliceRows * rows * p.depth * size / 4;
   return p;
 }

@@ -45,6 +45,36 @@ SK_DEVICE S weight(const void* w, int64_t H, int q, int64_t unit, int64_t k) {
   return device::load(static_cast<const S*>(w) + at);
 }
 
+// A lane's words of the weights of gate q between output units `unit`, `unit` + 8, ... of a warp
+// and one tile of k, which begins at word `first` of four bytes: operands.
+template <class S, bool kTransposed>
+SK_DEVICE void load_tile(const void* w, int64_t H, int q, int64_t unit, int64_t first,
+                         uint32_t (&a)[4]) {
+  constexpr int kValues = 4 / sizeof(S);
+  SK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int64_t k = (first + device::thread_index() % 4 + i / 2 * 4) * kValues;
+    const S low = weight<S, kTransposed>(w, H, q, unit + i % 2 * 8, k);
+    if constexpr (kValues == 1) {
+      a[i] = device::operand(low).bits;
+    } else {
+      const S high = weight<S, kTransposed>(w, H, q, unit + i % 2 * 8, k + 1);
+      a[i] = low.bits | uint32_t(high.bits) << 16;
+    }
+  }
+}
+
+// The number of the next tile by way of shared memory: the compiler, which unrolls the loop, would
+// else compute the addresses of all tiles beforehand, in registers that spill. The memory is that
+// of the states, which are not there yet.
+SK_DEVICE int unforeseen(int tile, char* shared, const Plan& plan) {
+  int* const slot = reinterpret_cast<int*>(shared + plan.weights);
+  device::sync_threads();
+  if (device::thread_index() == 0) device::store(slot, tile);
+  device::sync_threads();
+  return device::load(slot);
+}
+
 // Through the tensor cores. The first kHeld tiles of k stay in registers; the others in shared
 // memory, in the order in which the lanes read them, 16 bytes at a time.
 template <class S, int G, bool kTransposed, bool kParts>
@@ -65,10 +95,9 @@ struct Product {
     rest = reinterpret_cast<device::Words4*>(shared + int64_t(before) * G * kTileBytes) + me.lane;
     SK_UNROLL
     for (int tile = 0; tile < kHeld; ++tile) {
-      const int at =
-          kParts ? unforeseen(tile, reinterpret_cast<int*>(shared + plan.weights)) : tile;
+      const int at = kParts ? unforeseen(tile, shared, plan) : tile;
       SK_UNROLL
-      for (int q = 0; q < G; ++q) fragment(w, H, q, at, held[tile][q]);
+      for (int q = 0; q < G; ++q) load(w, H, q, at, held[tile][q]);
     }
     if (kParts) device::sync_threads();
     SK_NO_UNROLL
@@ -76,38 +105,14 @@ struct Product {
       SK_NO_UNROLL
       for (int q = 0; q < G; ++q) {
         device::Words4 words;
-        fragment(w, H, q, tile, words.v);
+        load(w, H, q, tile, words.v);
         device::store(rest + ((tile - kHeld) * G + q) * 32, words);
       }
     }
   }
 
-  // The number of the next tile by way of shared memory: the compiler, which unrolls the loop,
-  // would else compute the addresses of all tiles beforehand, in registers that spill. The memory
-  // is that of the states, which are not there yet.
-  static SK_DEVICE int unforeseen(int tile, int* slot) {
-    device::sync_threads();
-    if (device::thread_index() == 0) device::store(slot, tile);
-    device::sync_threads();
-    return device::load(slot);
-  }
-
-  SK_DEVICE void fragment(const void* w, int64_t H, int q, int tile, uint32_t (&a)[4]) const {
-    const int64_t first = (me.tile + tile) * kTileWords + me.lane % 4;
-    a[0] = word(w, H, q, me.unit, first);
-    a[1] = word(w, H, q, me.unit + 8, first);
-    a[2] = word(w, H, q, me.unit, first + 4);
-    a[3] = word(w, H, q, me.unit + 8, first + 4);
-  }
-
-  static SK_DEVICE uint32_t word(const void* w, int64_t H, int q, int64_t unit, int64_t i) {
-    const S low = weight<S, kTransposed>(w, H, q, unit, i * kValues);
-    if constexpr (kValues == 1) {
-      return device::operand(low).bits;
-    } else {
-      const S high = weight<S, kTransposed>(w, H, q, unit, i * kValues + 1);
-      return low.bits | uint32_t(high.bits) << 16;
-    }
+  SK_DEVICE void load(const void* w, int64_t H, int q, int tile, uint32_t (&a)[4]) const {
+    load_tile<S, kTransposed>(w, H, q, me.unit, int64_t(me.tile + tile) * kTileWords, a);
   }
 
   // `b`: the rows of h, or of dg with the gates side by side, `depth` apart; operands.
@@ -147,6 +152,19 @@ struct Product {
     }
   }
 };
+
+// Four k of a lane's two units and two rows in fp32.
+SK_DEVICE void add_quad(const device::Floats4& low, const device::Floats4& high,
+                        const device::Floats4 (&x)[2], float (&sums)[4]) {
+  SK_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    SK_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      sums[r] = device::fused(low.v[j], x[r].v[j], sums[r]);
+      sums[2 + r] = device::fused(high.v[j], x[r].v[j], sums[2 + r]);
+    }
+  }
+}
 
 // fp32 by fused multiply-adds, all weights in shared memory: for each warp and gate, four k of
 // the 16 units side by side.
@@ -193,18 +211,6 @@ struct Product<float, G, kTransposed, kParts> {
             x[r] = device::load(rows[r] + (kTransposed ? q * (depth / 4) : 0) + k);
         add_quad(device::load(weights + (q * quads + k) * kWarpUnits),
                  device::load(weights + (q * quads + k) * kWarpUnits + 8), x, sums[q]);
-      }
-    }
-  }
-
-  static SK_DEVICE void add_quad(const device::Floats4& low, const device::Floats4& high,
-                                 const device::Floats4 (&x)[2], float (&sums)[4]) {
-    SK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      SK_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        sums[r] = device::fused(low.v[j], x[r].v[j], sums[r]);
-        sums[2 + r] = device::fused(high.v[j], x[r].v[j], sums[2 + r]);
       }
     }
   }
