@@ -1,5 +1,7 @@
 """The recurrent layers and cells as functions of their tensors."""
 
+from typing import Any
+
 from torch import Tensor
 
 from seqkern.ops._checks import autocast, check_like, check_rank, check_shape, check_tensor
@@ -137,8 +139,7 @@ def lstm_cell(
         ValueError: a size, a dtype or a device does not fit; the message names it.
     """
     check_rank("lstm_cell", "c", "B, H", c, 2)
-    h, c = _step("lstm_cell", "LSTM", x, (h, c), w_ih, w_hh, b_ih, b_hh)
-    return h, c
+    return _step("lstm_cell", "LSTM", x, h, c, w_ih, w_hh, b_ih, b_hh)
 
 
 def gru_cell(
@@ -164,7 +165,7 @@ def gru_cell(
         TypeError: an argument is of the wrong type.
         ValueError: a size, a dtype or a device does not fit; the message names it.
     """
-    return _step("gru_cell", "GRU", x, (h,), w_ih, w_hh, b_ih, b_hh)[0]
+    return _step("gru_cell", "GRU", x, h, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def rnn_cell(
@@ -194,7 +195,7 @@ def rnn_cell(
         ValueError: a size, a dtype, a device or nonlinearity does not fit; the message names it.
     """
     mode = _rnn_mode("rnn_cell", nonlinearity)
-    return _step("rnn_cell", mode, x, (h,), w_ih, w_hh, b_ih, b_hh)[0]
+    return _step("rnn_cell", mode, x, h, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def _rnn_mode(op: str, nonlinearity: str) -> str:
@@ -203,36 +204,39 @@ def _rnn_mode(op: str, nonlinearity: str) -> str:
     return f"RNN_{nonlinearity.upper()}"
 
 
-def _step(op: str, mode: str, x, states, w_ih, w_hh, b_ih, b_hh) -> list[Tensor]:
-    """The states (B, H) after one step, by the sequence op with T = 1."""
+def _step(op: str, mode: str, x, h, c, w_ih, w_hh, b_ih, b_hh) -> tuple[Tensor, Any]:
+    """h' and c' (B, H), None without c, by the sequence op with T = 1."""
     check_rank(op, "x", "B, I", x, 2)
-    check_rank(op, "h", "B, H", states[0], 2)
+    check_rank(op, "h", "B, H", h, 2)
     if (b_ih is None) != (b_hh is None):
         raise ValueError(f"{op}: b_ih and b_hh must be given together, got only one of them")
     weights = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
-    first = [t.unsqueeze(0) for t in states]
+    c0 = None if c is None else c.unsqueeze(0)
     try:
-        _, *last = recurrent(
-            mode, x.unsqueeze(0), first[0], first[1] if first[1:] else None, weights
-        )
+        _, h_n, c_n = recurrent(mode, x.unsqueeze(0), h.unsqueeze(0), c0, weights)
     except (RuntimeError, TypeError, ValueError):
         # By the names that they have here, which only an error is worth the time for.
-        _check_step(op, GATES[mode], x, states, weights)
+        _check_step(op, GATES[mode], x, h, c, weights)
         raise
-    return [t.squeeze(0) for t in last[: len(states)]]
+    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
 
 
-def _check_step(op: str, gates: int, x: Tensor, states: tuple, weights: list[Tensor]) -> None:
-    """Sizes, dtypes and devices of a cell's arguments, whose ranks are right already."""
-    x, states, weights = autocast((x, states, weights), x)
+def _check_step(op: str, G: int, x: Tensor, h: Tensor, c: Tensor | None, weights: list) -> None:
+    """Sizes, dtypes and devices of a cell's arguments; the ranks of x, h and c are right."""
+    x, h, c, weights = autocast((x, h, c, weights), x)
     if not x.dtype.is_floating_point:
         raise ValueError(f"{op}: x must be of a floating-point dtype, got {x.dtype}")
-    (B, I), H = x.shape, states[0].size(1)
-    expected = [("B, H", (B, H))] * len(states)
-    expected += [(f"{gates}H, I", (gates * H, I)), (f"{gates}H, H", (gates * H, H))]
-    expected += [(f"{gates}H", (gates * H,))] * 2
-    names = [*"hc"[: len(states)], "w_ih", "w_hh", "b_ih", "b_hh"]
-    for name, t, (symbols, shape) in zip(names, (*states, *weights), expected, strict=False):
+    (B, I), H = x.shape, h.size(1)
+
+    def check(name: str, t: Tensor, symbols: str, *shape: int) -> None:
         check_tensor(op, name, t)
         check_like(op, name, t, x)
         check_shape(op, name, symbols, t, shape)
+
+    check("h", h, "B, H", B, H)
+    if c is not None:
+        check("c", c, "B, H", B, H)
+    check("w_ih", weights[0], f"{G}H, I", G * H, I)
+    check("w_hh", weights[1], f"{G}H, H", G * H, H)
+    for name, b in zip(("b_ih", "b_hh"), weights[2:], strict=False):  # or none
+        check(name, b, f"{G}H", G * H)
