@@ -145,3 +145,11 @@ def test_bounds_are_refused_by_the_name_of_the_function() -> None:
     for wrong, match in [(cu - 1, "cu_q must rise from 0"), (cu[:1], "cu_k must be")]:
         with pytest.raises(ValueError, match=f"^attention_varlen: {match}"):
             seqkern.attention_varlen(rows, rows, rows, wrong, cu)
+
+
+def test_parts_that_are_no_list() -> None:
+    for argument, given in (("os", draw(1, 3, 4)), ("lses", draw(1, 3))):
+        parts: dict[str, Any] = {"os": [draw(3, 4)], "lses": [draw(3)], argument: given}
+        message = f"^combine_partials: {argument} must be a list or a tuple, got Tensor$"
+        with pytest.raises(TypeError, match=message):
+            seqkern.combine_partials(**parts)

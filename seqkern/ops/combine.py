@@ -58,7 +58,9 @@ def combine_partials(os: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tens
 def _check(name: str, os: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     for argument, parts in (("os", os), ("lses", lses)):
         if not isinstance(parts, list | tuple):
-            raise TypeError(f"{name}: {argument} must be a list or a tuple, got {type(parts)}")
+            raise TypeError(
+                f"{name}: {argument} must be a list or a tuple, got {type(parts).__name__}"
+            )
         for n, t in enumerate(parts):
             check_tensor(name, f"{argument}[{n}]", t)
     if not os or len(os) != len(lses):
