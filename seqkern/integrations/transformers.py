@@ -131,11 +131,12 @@ def attention_mask(
         the plain patterns; a boolean mask (B, 1, Tq, Tk) for all else, and whenever the model
         wants to have the whole mask.
     """
-    from transformers import masking_utils
+    # Not the module itself: torch 2.11 does not trace its import from the lazy package.
+    from transformers.masking_utils import prepare_padding_mask, sdpa_mask
     from transformers.utils.import_utils import is_tracing
 
     _check_model(type(kwargs.get("config")))
-    dense: Any = masking_utils.sdpa_mask
+    dense: Any = sdpa_mask
     whole = {"mask_function": mask_function, "attention_mask": attention_mask, **kwargs}
     sizes = batch_size, q_length, kv_length, q_offset, kv_offset
     skips = {
@@ -146,14 +147,14 @@ def attention_mask(
     # While a graph is traced no value can be read, and a tensor for an offset is a static cache's.
     if isinstance(q_offset, Tensor) or is_tracing(attention_mask):
         return dense(*sizes, **whole, **skips)
-    rule = _rule(masking_utils, mask_function, local_size)
+    rule = _rule(mask_function, local_size)
     at_the_end = q_offset + q_length == kv_offset + kv_length
     placed = at_the_end or (rule is not None and not rule.causal and rule.window is None)
     allowed = allow_is_causal_skip or allow_is_bidirectional_skip
     if rule is None or not placed or not allowed:
         skips.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         return dense(*sizes, **whole, **skips)
-    keys = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    keys = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if keys is not None:
         keys = keys[:, kv_offset : kv_offset + kv_length]
     padding = "none" if keys is None else _padding(keys)
@@ -183,8 +184,10 @@ def _check_model(config: type) -> None:
         )
 
 
-def _rule(masking_utils: Any, mask_function: Any, local_size: int | None) -> Rule | None:
+def _rule(mask_function: Any, local_size: int | None) -> Rule | None:
     """What a mask function of transformers' says, if it is one of the plain ones."""
+    from transformers import masking_utils
+
     n = local_size
     if n is None:
         plain = [
