@@ -9,10 +9,11 @@ multiprocessor issues 128 of them a clock and starts 16 special functions (MUFU)
     single               5.2   1.0   0.063  4e-7
     hardware             4.6   1.0   0.063  2^-11, relative: too coarse for fp32
 
-The errors of the first two, of rounded exponentials in numpy, allow every reciprocal a unit in its
-last place; with rounded ones they are 3.5e-7 and 1.8e-7. So "shared" serves every dtype. The kernel
-for few queries, of which exponentials err by 2^-22, is within 4e-7. benchmarks/bench_additive.py
-times all three on a GPU, where it has not run yet.
+The errors of the first two, found in numpy, allow every exponential 1.1 * 2^-23 of itself (see
+additive_tile.exponential) and every reciprocal a unit in its last place; where both are rounded
+they are 3.5e-7 and 1.8e-7. So "shared" serves every dtype. The kernel for few queries, of which
+exponentials err by 2^-22, is within 4e-7. benchmarks/bench_additive.py times all three
+on a GPU, where it has not run yet.
 """
 
 from dataclasses import dataclass, replace

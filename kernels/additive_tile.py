@@ -100,16 +100,15 @@ def reciprocal(x, PTX: tl.constexpr):
 
 @triton.jit
 def exponential(x):
-    """e^2x for |x| < 44, to 2 units in the last place on every target.
+    """e^2x for |x| <= 43, with a relative error of at most 1.1 * 2^-23 on every target.
 
-    2x log2 e is split into an integer and a rest, kept in two numbers, whose power of two is a
-    polynomial: the hardware's exp2 of the product would lose as many bits as the integer has.
+    2x log2 e is split into an integer and a rest, whose power of two is a polynomial: the
+    hardware's exp2 of the product would lose as many bits as the integer has.
     """
-    high = x * (2.0 * LOG2E)
-    # What 2 log2 e lacks in fp32, and what the product lost.
-    low = tl.fma(x, 2.885390043258667, -high) + x * 3.85192598e-8
-    n = tl.floor(high + 0.5)
-    y = (high - n) + low
+    n = tl.floor(x * (2.0 * LOG2E) + 0.5)
+    # Explicitly fused, the difference takes the product unrounded. Written as two operations, it
+    # is for the compiler to say. What 2 log2 e lacks in fp32 comes on top.
+    y = tl.fma(x, 2.885390043258667, -n) + x * 3.85192598e-8
     # A least relative error of 2e-9 over |y| <= 1/2.
     p = y * 1.53532572e-4 + 1.33990031e-3
     p = y * p + 9.61843878e-3

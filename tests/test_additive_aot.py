@@ -184,6 +184,22 @@ def test_a_gradient_costs_half_a_special_function_an_element(kernel: str, most: 
     assert costs(launch, SUMS // 2).total() <= SUMS * 6
 
 
+def test_exponentials_of_tokens_lose_nothing_to_contraction() -> None:
+    """x times 2 log2 e is fused with the half that finds the integer and with the integer, and is
+    nowhere else: what corrects a product's rounding is wrong where the product was fused."""
+    tokens = forward(90, operands(fp32))[0]
+    assert tokens.kernel == "tokens_kernel"
+    lines = re.findall(r"^\t([a-z][a-z0-9.]*) \t(%r\d+), (.*);$", tokens.compiled.asm["ptx"], re.M)
+    floors = {target for name, target, _ in lines if name.startswith("cvt.rmi")}
+    # Triton negates by taking from zero.
+    negated = ((name, target, of.split(", ")[-1]) for name, target, of in lines)
+    integers = {target for name, target, n in negated if name[:3] in ("sub", "neg") and n in floors}
+    products = [of for _, _, of in lines if re.search("0f[4C]038AA3B", of)]
+    addends = Counter(of.rpartition(", ")[2] for of in products)
+    assert addends == dict.fromkeys(integers, 1) | {"0f3F000000": len(floors)}
+    assert floors
+
+
 # ---- features -----------------------------------------------------------------------------
 
 

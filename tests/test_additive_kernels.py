@@ -381,13 +381,13 @@ def test_only_the_gradients_that_are_needed(Tq: int) -> None:
 
 
 def test_exponentials_of_tokens() -> None:
-    """Two units in the last place, up to where the product of two cannot overflow."""
-    x = torch.linspace(-20, 20, 4001).view(1, -1, 1)
+    """Within 1.1 * 2^-23, as far as the kernels take them."""
+    x = torch.linspace(-43, 43, 4001).view(1, -1, 1)
     with interpreted():
         tokens = tokens_of(x, None, 16, True, "shared")
     exact = (2 * x.double()).exp()
     error = (tokens.plain[:, :4001, :1] / exact - 1).abs().max()
-    assert error < 2 * torch.finfo(fp32).eps
+    assert error < 1.1 * torch.finfo(fp32).eps
     assert torch.equal(tokens.turned.mT, tokens.plain)
     assert torch.equal(tokens.reach[0, :4001], x[0, :, 0].abs())
     assert (tokens.plain[..., 1:] == 1).all()
@@ -457,11 +457,12 @@ def test_error_of_one_tanh_of_few_queries() -> None:
 
 @pytest.mark.parametrize("tanh", ["shared", "single", "few"])
 def test_error_bounds_of_the_instructions(tanh: str) -> None:
-    """In numpy: what an error of one unit in the last place of every reciprocal does to tanh, and
-    with few queries one of 2^-22 of every exponential."""
+    """In numpy: what an error of one unit in the last place of every reciprocal does to tanh, with
+    one of 1.1 * 2^-23 of every exponential, or with few queries of 2^-22."""
     generator = np.random.default_rng(0)
     x, y = generator.uniform(-10, 10, (2, 10**6)).astype(np.float32)
-    exps = [np.exp(2 * t.astype(np.float64)).astype(np.float32) for t in (x, y)]
+    wrong = 1 + generator.choice([-1, 1], (2, 10**6)) * 1.1 * 2.0**-23
+    exps = (np.exp(2 * np.stack([x, y]).astype(np.float64)) * wrong).astype(np.float32)
     one = np.float32(1)
     a = exps[0] * exps[1] + one
 
