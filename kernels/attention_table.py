@@ -3,8 +3,9 @@
 Each row is the largest of the tried tiles that ptxas (12.8, Triton 3.6; 12.9 for sm_100) compiles
 without a spill, within the shared memory, and for sm_90 without waiting for every single product
 (its C7515), for a causal call with key lengths and grouped heads. How fast the rows are has not
-been measured. A comment gives the registers of a thread where they are at the limit of 255, or
-what was wrong with the next larger tile.
+been measured. On sm_90 a row has as many stages as fit: with two, a tile is asked for only when the
+last product of the one before is under way. A comment gives the registers of a thread where they
+are at the limit of 255, or what was wrong with the next larger tile.
 """
 
 from dataclasses import dataclass, replace
@@ -43,26 +44,26 @@ def tma(*sizes: int) -> Config:
 # By kernel, then by the largest head dimension that the row serves.
 HOPPER: dict[str, Rows] = {
     "forward": {
-        32: tma(128, 128, 8, 3),  # 188; 4 warps spill 32 bytes
-        64: tma(128, 128, 8, 3),  # 203
-        128: tma(128, 128, 8, 2),  # 201
+        32: tma(128, 128, 8, 4),  # 183; 4 warps spill 32 bytes
+        64: tma(128, 128, 8, 4),  # 201
+        128: tma(128, 128, 8, 3),  # 225
         256: tma(128, 64, 8, 2),  # 245
         512: tma(32, 32, 8, 1),  # 170; 64 x 32 spills 20 bytes
     },
     "dkdv": {
-        32: tma(64, 128, 8, 2),  # 171
-        64: tma(64, 128, 8, 2),  # 201
-        128: tma(32, 128, 8, 2),  # 226; 64 x 128 spills 52 bytes
-        256: tma(16, 64, 8, 2),  # 241; 32 x 64 spills 8 bytes
-        # Two sums of 512 columns are too many registers for one launch, and by descriptors with
-        # one stage ptxas spills kilobytes.
+        32: tma(64, 128, 8, 3),  # 220
+        64: tma(64, 128, 8, 3),  # 242
+        128: tma(32, 128, 8, 3),  # 252; 64 x 128 spills 52 bytes with two stages
+        # Two sums are too many registers for one launch in tiles large enough to keep the tensor
+        # cores busy; of 512 columns, by descriptors with one stage, ptxas spills kilobytes.
+        256: replace(tma(32, 128, 8, 2), split=True),  # 255; 32 x 64 in one spills 8 bytes
         512: Config(32, 32, 8, 1, split=True),  # 254
     },
     "dq": {
-        32: tma(128, 128, 8, 2),  # 181
-        64: tma(128, 128, 8, 2),  # 204
-        128: tma(128, 64, 8, 2),  # 182
-        256: tma(128, 32, 8, 1),  # 255
+        32: tma(128, 128, 8, 3),  # 243
+        64: tma(128, 128, 8, 3),  # 246
+        128: tma(128, 64, 8, 3),  # 177
+        256: tma(128, 32, 8, 2),  # 255
         512: tma(32, 32, 8, 1),  # 244; 64 x 32 spills 2496 bytes
     },
     "dbias": {

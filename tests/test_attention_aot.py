@@ -111,7 +111,6 @@ SPILLS = {
     "89-dkdv-32-bfloat16": 8,
     "89-dbias-128-bfloat16": 40,
     "89-dbias-256-bfloat16": 36,
-    "90-dq-256-bfloat16": 24,
     "80-dbias-32-float32": 36,
     "80-dbias-256-float32": 36,
     "89-dbias-32-float32": 56,
