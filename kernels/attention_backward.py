@@ -38,6 +38,7 @@ from .tile import (
     cap_slope,
     keep_mask,
     key_range,
+    listed,
     load_rows,
     program,
     query_range,
@@ -96,14 +97,12 @@ def add_queries(
     if GROUPED:
         start = first * group
         stop = last * group
+    tile = listed(tiles, start, stop)
     for n in tl.range(start, stop, num_stages=C.STAGES):
         member = only
-        tile = n
         if GROUPED:
             member = n % group
             tile = n // group
-        if tiles is not None:
-            tile = tl.load(tiles + tile)
         h = of.h + member
         i0 = tile * BLOCK_M
         rows = i0 + tl.arange(0, BLOCK_M)
@@ -135,6 +134,7 @@ def add_queries(
             if of.rule.cap is not None:
                 ds = ds * cap_slope(product, of.rule)
             dk = tl.dot(ds.to(y.dtype), y, dk, input_precision=PRECISION)
+        tile = listed(tiles, n + 1, stop)
     return dk, dv
 
 
@@ -226,10 +226,8 @@ def add_keys(
     their keys is beyond k_len."""
     BLOCK_N: tl.constexpr = C.BLOCK_N
     PRECISION: tl.constexpr = C.PRECISION
+    tile = listed(tiles, first, last)
     for n in tl.range(first, last, num_stages=C.STAGES):
-        tile = n
-        if tiles is not None:
-            tile = tl.load(tiles + n)
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)[None, :]
         k_len = of.limits.k_len
@@ -246,6 +244,7 @@ def add_keys(
         if of.rule.cap is not None:
             ds = ds * cap_slope(product, of.rule)
         dq = tl.dot(ds.to(y.dtype), y, dq, input_precision=PRECISION)
+        tile = listed(tiles, n + 1, last)
     return dq
 
 

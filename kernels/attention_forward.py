@@ -26,6 +26,7 @@ from .tile import (
     fold,
     keep_mask,
     key_range,
+    listed,
     load_rows,
     log_sum_exp,
     program,
@@ -68,10 +69,8 @@ def attend(
     factor = 1.0
     if C.RAW:
         factor = of.rule.scale
+    tile = listed(tiles, first, last)
     for n in tl.range(first, last, num_stages=C.STAGES):
-        tile = n
-        if tiles is not None:
-            tile = tl.load(tiles + n)
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)[None, :]
         y = load_rows(
@@ -90,6 +89,7 @@ def attend(
         if of.dropout.seed is not None:
             keep = keep_mask(of.dropout, of.i, j, of.h, of.b)
         acc, m, l = fold(acc, m, l, s, z, keep, factor, PRECISION)
+        tile = listed(tiles, n + 1, last)
     return acc, m, l
 
 

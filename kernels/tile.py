@@ -287,6 +287,19 @@ def query_range(j0, j1, limits, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def listed(tiles, n, last):
+    """Entry n of a list of tiles, 0 from `last` on; n itself without a list.
+
+    A loop asks for it an iteration ahead: with the load in front of those that depend on it, one
+    stage of the pipeline of loads would be its alone.
+    """
+    tile = n
+    if tiles is not None:
+        tile = tl.load(tiles + n, mask=n < last, other=0)
+    return tile
+
+
+@triton.jit
 def program(n_tiles, section, pairs, LAST_FIRST: tl.constexpr):
     """This program's tile and (batch, head) pair, for a grid of n_tiles * pairs.
 

@@ -186,7 +186,7 @@ COSTLY = [
     (90, "forward", ("softcap", "sinks", "window"), Budget()),
     (90, "forward", ("mask",), Budget()),
     (90, "dq", ("mask",), Budget()),
-    (90, "dkdv", ("mask", "dropout"), Budget(spill_bytes=40)),
+    (90, "dkdv", ("mask", "dropout"), Budget()),
     (80, "forward", ("mask",), Budget()),
     (80, "dq", ("bias", "softcap"), Budget()),
     (80, "dkdv", ("mask", "dropout"), Budget(spill_bytes=48)),
@@ -215,6 +215,9 @@ def test_a_mask_is_copied_ahead_and_the_softmax_computed_once():
     exponentials = len(re.findall(r"ex2\.approx", text))
     assert 2 * 32 <= exponentials <= 2 * 32 + 8
     assert re.search(r"cp\.async\.c[ag]\.shared\.global [^;]*, 0x(8|10),", text)
+    # Of three stages the list of tiles takes none: a tile's mask is still under way while that of
+    # the one before is waited for.
+    assert re.search(r"ttg\.async_wait [^\n]*\{num = 1 ", report(launch).kernel.asm["ttgir"])
 
 
 def decode_launches(
