@@ -21,6 +21,15 @@ from tests.benchmark_runs import ROOT, run
 
 sys.path.remove(str(ROOT))
 
+
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU of which everyone for GPUs is asked."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+
 PADDED = Case("padded", 3, 2, 2, 16, 8, dtype="float32")
 
 
@@ -82,8 +91,29 @@ def test_flex_skips_the_queries_of_padding_too(causal: bool, monkeypatch) -> Non
 
 
 def test_flex_enters_each_kind_of_case() -> None:
-    entered = {c.kind for c in cases.gpu_cases() if cases.FLEX_LENGTHS.get(c.kind) == c.T}
-    assert entered == {"plain", "padded", "bias", "decode"}
+    entered = [c.kind for c in cases.gpu_cases() if cases.FLEX_SIZES[c.kind] == (c.T, c.D)]
+    assert set(entered) == {"plain", "padded", "bias", "decode"}
+    # Each is compiled for up to half a minute.
+    assert len(entered) <= 10
+
+
+def test_heads_of_128_are_measured_first() -> None:
+    of = [c for c in cases.gpu_cases() if c.kind == "plain"]
+    assert len(of) == len(set(of)) == 60
+    assert {c.D for c in of[:20]} == {128}
+    assert [c.T for c in of[:20]] == sorted((c.T for c in of[:20]), reverse=True)
+
+
+def test_a_flex_that_cannot_be_built_is_a_refusal(monkeypatch) -> None:
+    def broken(p: cases.Problem) -> None:
+        raise RuntimeError("no block mask")
+
+    monkeypatch.setattr(cases, "flex", broken)
+    monkeypatch.setitem(cases.FLEX_SIZES, "padded", (16, 8))
+    p = cases.make_problem(PADDED, "cpu")
+    p.q = p.q.as_subclass(OnCuda)
+    _, _, refused = suite.entrants(p)
+    assert refused["flex"] == "no block mask"
 
 
 def test_flex_decodes_what_the_lengths_leave(monkeypatch) -> None:

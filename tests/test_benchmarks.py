@@ -415,6 +415,13 @@ def test_additive_memory_sees_the_tensor_that_ours_never_makes() -> None:
 def test_additive_cases_of_a_gpu_are_of_every_kind() -> None:
     kinds = {(case.Tq == 1, case.backward, case.dtype) for case in additive_cases.gpu_cases()}
     assert kinds == set(product((False, True), (False, True), ("float32", "bfloat16")))
+    compiled = [
+        (case.Tq == 1, case.backward, case.dtype, case.D)
+        for case in additive_cases.gpu_cases()
+        if (case.B, case.Tq) in additive_cases.COMPILED_SIZES
+    ]
+    assert set(compiled) == {(*kind, D) for kind in kinds for D in (256, 512)}
+    assert len(compiled) == len(set(compiled))
 
 
 def test_additive_ways_to_take_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
