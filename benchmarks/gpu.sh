@@ -76,6 +76,10 @@ gpu_tests() {
   if "$ENVIRONMENT/bin/python" -c 'import xdist' 2>/dev/null; then
     workers=$(nproc)
     parallel=(-n $((workers < 12 ? workers : 12)) --dist worksteal)
+    # A kernel that hangs then ends its worker, which says where it was, and not the part. By a
+    # thread: who waits for a GPU takes no signal.
+    [ "$part" != test ] || ! "$ENVIRONMENT/bin/python" -c 'import pytest_timeout' 2>/dev/null ||
+      parallel+=(--timeout=120 --timeout-method=thread)
   else
     echo "gpu.sh: no pytest-xdist, so the tests run one after another"
   fi
