@@ -2,6 +2,7 @@
 the kernels take them."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ class Arguments:
         shape = self.B, self.H, self.Tq
         return torch.empty(shape, dtype=torch.float32, device=self.q.device)
 
+    @functools.cached_property
     def common(self) -> dict[str, Any]:
         """The arguments that all kernels of the forward and the backward take."""
         return {
@@ -214,26 +216,32 @@ class Arguments:
         addresses and strides of whole 16 bytes."""
 
         def fits(t: Tensor) -> bool:
-            size = t.element_size()
-            strides = self.strides(t)
-            whole = all(stride * size % 16 == 0 for stride in strides[:3])
+            b, h, n, d = self.strides(t)
+            whole = ((b | h | n) * t.element_size() | t.data_ptr()) % 16 == 0
             # A tensor that is expanded over heads or rows has strides of 0.
-            return strides[3] == 1 and whole and t.data_ptr() % 16 == 0 and min(strides[1:3]) > 0
+            return whole and d == 1 and h > 0 and n > 0
 
-        return all(fits(t) for t in tensors)
+        return all(map(fits, tensors))
 
     def needs_int64(self, *more: Tensor, planes: tuple[Plane | None, ...] = ()) -> bool:
         """Whether an offset within one (batch, head) pair can pass 31 bits."""
+        longest = max(self.Tq, self.Tk)
+        far = [max(longest, 1) * t + MAX_HEAD_DIM * d for *_, t, d in map(self.strides, more)]
+        far += [self.Tq * p.i + self.Tk * p.j for p in planes if p]
+        return self._reach >= 2**31 or any(n >= 2**31 for n in far)
+
+    @functools.cached_property
+    def _reach(self) -> int:
+        """The farthest offset within one pair of q, k, v, mask and bias."""
         reaches = [
             (self.Tq, self.strides(self.q)),
             (self.Tk, self.strides(self.k)),
             (self.Tk, self.strides(self.v)),
-            *((max(self.Tq, self.Tk), self.strides(t)) for t in more),
         ]
         far = [max(n, 1) * t + MAX_HEAD_DIM * d for n, (*_, t, d) in reaches]
-        all_planes = plane(self.mask), plane(self.bias), *planes
-        far += [self.Tq * p.i + self.Tk * p.j for p in all_planes if p]
-        return max(far) >= 2**31
+        planes = self.common["mask"], self.common["bias"]
+        far += [self.Tq * p.i + self.Tk * p.j for p in planes if p]
+        return max(far)
 
 
 def dense(t: Tensor | None) -> Tensor | None:

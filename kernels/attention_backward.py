@@ -369,10 +369,10 @@ def _query_gradient(
 ) -> Tensor:
     dq = call.new_output(call.q, call.D)
     config = config or call.config("dq")
-    n_tiles, pairs = triton.cdiv(call.Tq, config.block_m), call.B * call.H
+    n_tiles, pairs = -(-call.Tq // config.block_m), call.B * call.H
     if dq.numel():
         dq_kernel[(n_tiles * pairs,)](
-            **call.common(),
+            **call.common,
             do=call.view(do),
             lse=call.row(lse),
             delta=call.row(delta),
@@ -396,13 +396,13 @@ def _key_gradients(
     if not call.H:
         return dk.zero_(), dv.zero_()
     config = config or call.config("dkdv")
-    n_tiles, pairs = triton.cdiv(call.Tk, config.block_n), call.B * call.Hkv
+    n_tiles, pairs = -(-call.Tk // config.block_n), call.B * call.Hkv
     if not n_tiles * pairs:
         return dk, dv
     live = live_tiles(call, config.block_m, config.block_n, transposed=True)
     for part in ("k", "v") if config.split else ("kv",):
         dkdv_kernel[(n_tiles * pairs,)](
-            **call.common(),
+            **call.common,
             do=call.view(do),
             lse=call.row(lse),
             delta=call.row(delta),

@@ -113,13 +113,13 @@ def bias_gradient(
     config = config or call.config("dbias")
     # Dense, where the bias itself may be expanded.
     result = plane(dbias)
-    full = triton.cdiv(call.Tq, config.block_m), triton.cdiv(call.Tk, config.block_n)
+    full = -(-call.Tq // config.block_m), -(-call.Tk // config.block_n)
     batches, heads, *lengths = bias.shape
     sums = [n == 1 for n in lengths]
     tiles = [1 if n == 1 else many for n, many in zip(lengths, full)]
     repeats = [many if n == 1 else 1 for n, many in zip(lengths, full)]
     dbias_kernel[(batches * heads * tiles[0] * tiles[1],)](
-        **call.common(),
+        **call.common,
         do=call.view(do),
         lse=call.row(lse),
         delta=call.row(delta),

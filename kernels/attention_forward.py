@@ -195,9 +195,9 @@ def attention_forward(
 
 
 def _launch(call: Arguments, o: Tensor, lse: Tensor, config: Config) -> None:
-    n_tiles, pairs = triton.cdiv(call.Tq, config.block_m), call.B * call.H
+    n_tiles, pairs = -(-call.Tq // config.block_m), call.B * call.H
     forward_kernel[(n_tiles * pairs,)](
-        **call.common(),
+        **call.common,
         o=call.view(o),
         lse=call.row(lse),
         sinks=call.sinks,

@@ -103,12 +103,12 @@ def delta_of(
 ) -> tuple[Tensor, Tensor]:
     """lse in base 2 and delta, see delta_kernel."""
     lse2, delta = call.new_rows(float("inf")), call.new_rows(0.0)
-    common = call.common()
     block = 32 if call.DV > 128 else 64
-    n_tiles = triton.cdiv(call.Tq, block)
+    n_tiles = -(-call.Tq // block)
+    names = "q_lens", "cu_q", "n_heads", "max_q", "q_rows"
     if delta.numel():
         delta_kernel[(n_tiles * call.B * call.H,)](
-            **{name: common[name] for name in ("q_lens", "cu_q", "n_heads", "max_q", "q_rows")},
+            **{name: call.common[name] for name in names},
             o=call.view(o),
             do=call.view(do),
             lse=call.row(lse),

@@ -54,11 +54,10 @@ def live_kernel(
 def live_tiles(call: Arguments, block_m: int, block_n: int, transposed: bool) -> View | None:
     """The lists that live_kernel makes, (B, H, tiles, 1 + tiles of the other side) int32 with B or
     H = 1 where they do not differ; None for a mask that has one value for a whole (b, h)."""
-    common = call.common()
     mask = call.mask
     if mask is None or mask.size(2) == mask.size(3) == 1:
         return None
-    tiles = triton.cdiv(call.Tq, block_m), triton.cdiv(call.Tk, block_n)
+    tiles = -(-call.Tq // block_m), -(-call.Tk // block_n)
     n_tiles, n_others = reversed(tiles) if transposed else tiles
     ragged = call.packed or call.q_lens is not None or call.k_lens is not None
     B, H = call.B if ragged else mask.size(0), mask.size(1)
@@ -67,7 +66,7 @@ def live_tiles(call: Arguments, block_m: int, block_n: int, transposed: bool) ->
     if lists.numel():
         names = ("mask", "q_lens", "k_lens", "cu_q", "cu_k", "left", "right")
         sizes = ("max_q", "max_k", "q_rows", "k_rows")
-        arguments: dict[str, Any] = {name: common[name] for name in (*names, *sizes)}
+        arguments: dict[str, Any] = {name: call.common[name] for name in (*names, *sizes)}
         live_kernel[(B * H * n_tiles,)](
             **arguments,
             live=View(lists, b, h, t, d),
