@@ -76,8 +76,10 @@ exchange_steps(const Sequence s, int64_t steps, int* wrong) {
     exchange.prepare();
     for (int64_t step = 1; step <= steps; ++step) {
       device::sync_threads();
-      if constexpr (X::kParts)
-        exchange.template pass<bf16, R>(copies + step % X::kCopies * copy, step);
+      if constexpr (X::kParts) {
+        exchange.template send<bf16, R>(copies + step % X::kCopies * copy, step);
+        exchange.template receive<bf16, R>(copies + step % X::kCopies * copy, step);
+      }
     }
     device::sync_threads();
     const bf16* const last = copies + steps % X::kCopies * copy;

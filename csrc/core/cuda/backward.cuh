@@ -130,12 +130,12 @@ struct BackwardPass {
     Kept next[4];
     fetch(0, next);
     for (int64_t step = 0; step < me.steps; ++step) {
+      const int64_t t = time(step);
+      S dg[4][K::kColumns];
       if constexpr (X::kParts) {
-        // The exchange takes longer than memory does, so that one step's values are enough.
         if (step > 0) recur(product, exchange, step);
         SK_UNROLL
-        for (int e = 0; e < 4; ++e) retreat(time(step), e, next[e], copy(step + 1));
-        fetch(step + 1, next);
+        for (int e = 0; e < 4; ++e) retreat(t, e, next[e], copy(step + 1), dg[e]);
       } else {
         Kept now[4];
         SK_UNROLL
@@ -143,13 +143,21 @@ struct BackwardPass {
         fetch(step + 1, next);
         if (step > 0) recur(product, exchange, step);
         SK_UNROLL
-        for (int e = 0; e < 4; ++e) retreat(time(step), e, now[e], copy(step + 1));
+        for (int e = 0; e < 4; ++e) retreat(t, e, now[e], copy(step + 1), dg[e]);
       }
+      // What nobody waits for comes while dg or the parts of dh are under way; but the product
+      // before that leaves no registers for dg.
+      if constexpr (X::kScatters) keep(t, dg);
       device::sync_threads();
       if constexpr (X::kScatters)
         product.run(copy(step + 1), exchange, step + 1);
       else if constexpr (X::kParts)
-        exchange.template pass<S, G>(copy(step + 1), step + 1);
+        exchange.template send<S, G>(copy(step + 1), step + 1);
+      if constexpr (!X::kScatters) keep(t, dg);
+      // The exchange takes about as long as memory does, so that one step's values are enough.
+      if constexpr (X::kParts) fetch(step + 1, next);
+      if constexpr (X::kParts && !X::kScatters)
+        exchange.template receive<S, G>(copy(step + 1), step + 1);
     }
     recur(product, exchange, me.steps);
     SK_UNROLL
@@ -159,24 +167,28 @@ struct BackwardPass {
     }
   }
 
-  SK_DEVICE void retreat(int64_t t, int e, const Kept& kept, S* to) {
-    float dg[K::kColumns];
+  SK_DEVICE void retreat(int64_t t, int e, const Kept& kept, S* to, S* dg) {
+    float found[K::kColumns];
     SK_UNROLL
-    for (int q = 0; q < K::kColumns; ++q) dg[q] = 0.0f;
-    const bool alive = me.alive(t, e);
-    if (alive) step_cell(kept, e, dg);
-    const int64_t H = p.s.H, at = me.d * p.s.N + (alive ? me.offset(t) + me.row(e) : 0);
+    for (int q = 0; q < K::kColumns; ++q) found[q] = 0.0f;
+    if (me.alive(t, e)) step_cell(kept, e, found);
     SK_UNROLL
-    for (int q = 0; q < K::kColumns; ++q) {
-      S value;
-      device::from_float(value, dg[q]);
-      if (alive)
-        device::store(static_cast<S*>(p.dg) + (at * K::kColumns + q) * H + me.unit(e), value);
+    for (int q = 0; q < K::kColumns; ++q) device::from_float(dg[q], found[q]);
+    if (!me.mine(e)) return;
+    SK_UNROLL
+    for (int gate = 0; gate < G; ++gate)
+      device::store(to + me.local_row(e) * p.s.plan.row + gate * p.s.plan.width + column(e),
+                    device::operand(dg[K::column(gate)]));
+  }
+
+  SK_DEVICE void keep(int64_t t, const S (&dg)[4][K::kColumns]) const {
+    SK_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      if (!me.alive(t, e)) continue;
+      const int64_t H = p.s.H, at = me.d * p.s.N + me.offset(t) + me.row(e);
       SK_UNROLL
-      for (int gate = 0; gate < G; ++gate)
-        if (K::column(gate) == q && me.mine(e))
-          device::store(to + me.local_row(e) * p.s.plan.row + gate * p.s.plan.width + column(e),
-                        device::operand(value));
+      for (int q = 0; q < K::kColumns; ++q)
+        device::store(static_cast<S*>(p.dg) + (at * K::kColumns + q) * H + me.unit(e), dg[e][q]);
     }
   }
 

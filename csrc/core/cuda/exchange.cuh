@@ -11,10 +11,11 @@
 // a barrier behind its own reads. So two slots for each value are enough, and what arrives last is
 // waited for, so that a block may end while the others go on.
 //
-// `pass`, or `send` and then `await`, is called by all threads after a barrier, with steps 1, 2,
-// ...; R is how many rows of `depth` values lie side by side in a row of the copy: one of h, one of
-// dg for each gate. All threads see all values after it. `prepare` comes before the first of them,
-// and after the copies were cleared: others may store into them from then on.
+// `send`, and then `receive` (of parts `await`), are called by all threads after a barrier, with
+// steps 1, 2, ...; R is how many rows of `depth` values lie side by side in a row of the copy: one
+// of h, one of dg for each gate. All threads see all values after the second; what can wait stands
+// between the two. `prepare` comes before the first of them, and after the copies were cleared:
+// others may store into them from then on.
 #pragma once
 #include "core/cuda/device.cuh"
 #include "core/cuda/plan.h"
@@ -55,24 +56,35 @@ struct Grid {
     return reinterpret_cast<uint32_t*>(copy + row * plan.row) + column;
   }
 
+  SK_DEVICE uint64_t* slot(int64_t step) const { return words + (step & 1) * (plan.words / 2); }
+
   template <class S, int R>
-  SK_DEVICE void pass(S* copy, int64_t step) const {
+  SK_DEVICE void send(S* copy, int64_t step) const {
     constexpr int kValues = 4 / sizeof(S);
     const int thread = device::thread_index(), row = thread % kSliceRows;
     const int columns = plan.depth / kValues, own = plan.units / kValues;
     const int first = device::block_x() * own, stride = device::thread_count() / kSliceRows;
-    uint64_t* const slot = words + (step & 1) * (plan.words / 2);
     const uint64_t tag = uint64_t(uint32_t(step)) << 32;
     SK_NO_UNROLL
     for (int r = 0; r < R; ++r)
       for (int i = thread / kSliceRows; i < own; i += stride) {
         const int column = r * columns + first + i;
-        device::store_word(slot + at(column, row), tag | device::load(place(copy, column, row)));
+        device::store_word(slot(step) + at(column, row),
+                           tag | device::load(place(copy, column, row)));
       }
+  }
+
+  template <class S, int R>
+  SK_DEVICE void receive(S* copy, int64_t step) const {
+    constexpr int kValues = 4 / sizeof(S);
+    const int thread = device::thread_index(), row = thread % kSliceRows;
+    const int columns = plan.depth / kValues, others = columns - plan.units / kValues;
+    const int stride = device::thread_count() / kSliceRows;
     SK_NO_UNROLL
     for (int r = 0; r < R; ++r)
-      for (int i = thread / kSliceRows; i < columns - own; i += kAtOnce * stride)
-        collect(copy, slot + at(r * columns, row), r * columns, row, i, stride, tag >> 32);
+      for (int i = thread / kSliceRows; i < others; i += kAtOnce * stride)
+        collect(copy, slot(step) + at(r * columns, row), r * columns, row, i, stride,
+                uint32_t(step));
     device::sync_threads();
   }
 
@@ -142,7 +154,7 @@ struct Cluster {
   }
 
   template <class S, int R>
-  SK_DEVICE void pass(S* copy, int64_t step) const {
+  SK_DEVICE void send(S* copy, int64_t step) const {
     static_assert(R == 1, "the backward sends parts of sums");
     constexpr int kValues = 16 / sizeof(S);
     const int lane = device::thread_index() % 32, row = lane % kSliceRows;
@@ -157,6 +169,9 @@ struct Cluster {
         device::store_remote(four, device::load(four), barriers + (step & 1), other);
       }
     }
+  }
+  template <class S, int R>
+  SK_DEVICE void receive(S*, int64_t step) const {
     await(step);
   }
 

@@ -117,15 +117,23 @@ struct ForwardPass {
         for (int q = 0; q < G; ++q)
           gx[q][e] = me.alive(t, e) ? device::load(ring.at(step, q, e)) : 0;
       }
-      prefetch(step + kStages);
+      float saved[4][4];
       SK_UNROLL
       for (int e = 0; e < 4; ++e) {
-        if (me.alive(t, e)) advance(t, e, gx, gh);
+        if (me.alive(t, e)) advance(e, gx, gh, saved[e]);
         put(copy(step + 1), e);
       }
       device::sync_threads();
+      const bool more = step + 1 < me.steps;
       if constexpr (X::kParts)
-        if (step + 1 < me.steps) exchange.template pass<S, 1>(copy(step + 1), step + 1);
+        if (more) exchange.template send<S, 1>(copy(step + 1), step + 1);
+      // What nobody waits for, while h is under way.
+      SK_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (me.alive(t, e)) keep(t, e, saved[e]);
+      prefetch(step + kStages);
+      if constexpr (X::kParts)
+        if (more) exchange.template receive<S, 1>(copy(step + 1), step + 1);
     }
     SK_UNROLL
     for (int e = 0; e < 4; ++e) {
@@ -139,8 +147,8 @@ struct ForwardPass {
                                     p.s.plan.ring);
   }
 
-  SK_DEVICE void advance(int64_t t, int e, const float (&gx)[G][4], const float (&gh)[G][4]) {
-    float x[G], r[G], a[K::kColumns], saved[4];
+  SK_DEVICE void advance(int e, const float (&gx)[G][4], const float (&gh)[G][4], float* saved) {
+    float x[G], r[G], a[K::kColumns];
     SK_UNROLL
     for (int q = 0; q < G; ++q) x[q] = gx[q][e], r[q] = gh[q][e];
     K::join(x, r, bias[e / 2], a);
@@ -148,8 +156,12 @@ struct ForwardPass {
     S y;
     device::from_float(y, h[e]);
     h[e] = device::to_float(y);
+  }
+
+  // Stores y and what the backward reads.
+  SK_DEVICE void keep(int64_t t, int e, const float* saved) const {
     const int64_t H = p.s.H, n = me.offset(t) + me.row(e);
-    device::store(static_cast<S*>(p.y) + (n * p.s.D + me.d) * H + me.unit(e), y);
+    store_as<S>(p.y, (n * p.s.D + me.d) * H + me.unit(e), h[e]);
     const int64_t kept = me.d * p.s.N + n;
     if (K::kSaved && p.gates) {
       SK_UNROLL
