@@ -32,45 +32,57 @@ struct BackwardPass {
   SK_DEVICE BackwardPass(const BackwardCall& p_, char* shared)
       : p(p_), me(p_.s), states(reinterpret_cast<S*>(shared + p_.s.plan.weights)) {}
 
-  SK_DEVICE S* copy(int64_t step) const {
+  SK_DEVICE S* copy(int step) const {
     return states + step % X::kCopies * kSliceRows * p.s.plan.row;
   }
 
   // The step of the forward that the backward comes to as `step`.
-  SK_DEVICE int64_t time(int64_t step) const { return me.time(me.steps - 1 - step); }
+  SK_DEVICE int time(int step) const { return me.time(me.steps - 1 - step); }
 
-  SK_DEVICE void fetch(int64_t step, Kept (&kept)[4]) const {
-    if (step >= me.steps) return;
-    const int64_t t = time(step);
-    SK_UNROLL
-    for (int e = 0; e < 4; ++e)
-      if (me.alive(t, e)) fetch_one(t, e, kept[e]);
+  // Where element 0 stands in what has `each` values of a unit for direction and row, and where in
+  // y, which has row and direction.
+  SK_DEVICE int64_t in_rows_of(int64_t n, int each) const {
+    return (me.d * p.s.N + n) * (each * int(p.s.H)) + me.unit(0);
+  }
+  SK_DEVICE int64_t in_y(int64_t n) const {
+    return n * (p.s.D * p.s.H) + me.d * p.s.H + me.unit(0);
   }
 
-  SK_DEVICE void fetch_one(int64_t t, int e, Kept& k) const {
-    const int64_t H = p.s.H, D = p.s.D, n = me.offset(t) + me.row(e), at = me.d * p.s.N + n;
-    const int64_t unit = me.unit(e), state = (me.d * p.s.B + me.row(e)) * H + unit;
-    const int64_t before = me.d == 0 ? t - 1 : t + 1;
-    const bool carried = before >= 0 && before < me.length[e % 2];
-    const int64_t n_prev = carried ? me.offset(before) + me.row(e) : 0;
+  SK_DEVICE void fetch(int step, Kept (&kept)[4]) const {
+    if (step >= me.steps) return;
+    const int t = time(step), before = me.d == 0 ? t - 1 : t + 1, H = int(p.s.H);
+    const int64_t n = me.row_at(t), row = p.s.D * p.s.H;
+    const int64_t in_state = (me.d * p.s.B + me.row(0)) * H + me.unit(0);
+    // Where there is no step before, nothing is read of it.
+    const int64_t n_prev = me.row_at(before < 0 || before >= me.steps ? t : before);
     auto read = [](const void* from, int64_t i) {
       return device::load(static_cast<const S*>(from) + i);
     };
-    if (K::kSaved) {
-      SK_UNROLL
-      for (int q = 0; q < 4; ++q) k.gates[q] = read(p.gates, at * 4 * H + q * H + unit);
+    SK_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      if (!me.alive(t, e)) continue;
+      Kept& k = kept[e];
+      const int64_t in_rows = me.beside(e, H), in_y_rows = me.beside(e, row);
+      const bool carried = unsigned(before) < unsigned(me.length[e]);
+      if (K::kSaved) {
+        SK_UNROLL
+        for (int q = 0; q < 4; ++q)
+          k.gates[q] = read(p.gates, in_rows_of(n, 4) + me.beside(e, 4 * H) + q * H);
+      }
+      if (K::kHasC) {
+        k.c = read(p.cells, in_rows_of(n, 1) + in_rows);
+        k.c_prev =
+            read(carried ? p.cells : p.c0, (carried ? in_rows_of(n_prev, 1) : in_state) + in_rows);
+      }
+      if (K::kReadsH)
+        k.h_prev =
+            read(carried ? p.y : p.h0, carried ? in_y(n_prev) + in_y_rows : in_state + in_rows);
+      if (K::kReadsY) k.y = read(p.y, in_y(n) + in_y_rows);
+      if (p.dy)
+        k.dy = read(p.dy, in_y(n) + in_y_rows);
+      else
+        device::from_float(k.dy, 0.0f);
     }
-    if (K::kHasC) {
-      k.c = read(p.cells, at * H + unit);
-      k.c_prev = carried ? read(p.cells, (me.d * p.s.N + n_prev) * H + unit) : read(p.c0, state);
-    }
-    if (K::kReadsH)
-      k.h_prev = carried ? read(p.y, (n_prev * D + me.d) * H + unit) : read(p.h0, state);
-    if (K::kReadsY) k.y = read(p.y, (n * D + me.d) * H + unit);
-    if (p.dy)
-      k.dy = read(p.dy, (n * D + me.d) * H + unit);
-    else
-      device::from_float(k.dy, 0.0f);
   }
 
   SK_DEVICE void prepare() {
@@ -84,14 +96,14 @@ struct BackwardPass {
   }
 
   // dh += W_hh^T dg of the step before; dead rows have dg = 0 and keep what they had.
-  SK_DEVICE void recur(const Products& product, const X& exchange, int64_t step) {
+  SK_DEVICE void recur(const Products& product, const X& exchange, int step) {
     if constexpr (X::kScatters)
       return add_parts(exchange, step);
     else
       add_products(product, step);
   }
 
-  SK_DEVICE void add_parts(const X& exchange, int64_t step) {
+  SK_DEVICE void add_parts(const X& exchange, int step) {
     float total[4] = {};
     exchange.await(step);
     for (int member = 0; member < p.s.plan.members; ++member) {
@@ -103,7 +115,7 @@ struct BackwardPass {
     for (int e = 0; e < 4; ++e) dh[e] += total[e];
   }
 
-  SK_DEVICE void add_products(const Products& product, int64_t step) {
+  SK_DEVICE void add_products(const Products& product, int step) {
     float sums[G][4];
     product.run(copy(step), sums);
     if constexpr (X::kParts) {
@@ -127,15 +139,16 @@ struct BackwardPass {
   }
 
   SK_DEVICE void run(const Products& product, const X& exchange) {
-    Kept next[4];
+    Kept next[4] = {};
     fetch(0, next);
-    for (int64_t step = 0; step < me.steps; ++step) {
-      const int64_t t = time(step);
+    for (int step = 0; step < me.steps; ++step) {
+      const int t = time(step);
       S dg[4][K::kColumns];
       if constexpr (X::kParts) {
         if (step > 0) recur(product, exchange, step);
         SK_UNROLL
-        for (int e = 0; e < 4; ++e) retreat(t, e, next[e], copy(step + 1), dg[e]);
+        for (int e = 0; e < 4; ++e)
+          if (me.owns(e)) retreat(me.alive(t, e), e, next[e], copy(step + 1), dg[e]);
       } else {
         Kept now[4];
         SK_UNROLL
@@ -143,17 +156,15 @@ struct BackwardPass {
         fetch(step + 1, next);
         if (step > 0) recur(product, exchange, step);
         SK_UNROLL
-        for (int e = 0; e < 4; ++e) retreat(t, e, now[e], copy(step + 1), dg[e]);
+        for (int e = 0; e < 4; ++e) retreat(me.alive(t, e), e, now[e], copy(step + 1), dg[e]);
       }
-      // What nobody waits for comes while dg or the parts of dh are under way; but the product
-      // before that leaves no registers for dg.
-      if constexpr (X::kScatters) keep(t, dg);
       device::sync_threads();
       if constexpr (X::kScatters)
         product.run(copy(step + 1), exchange, step + 1);
       else if constexpr (X::kParts)
         exchange.template send<S, G>(copy(step + 1), step + 1);
-      if constexpr (!X::kScatters) keep(t, dg);
+      // What nobody waits for, while dg or the parts of dh are under way.
+      keep(t, dg);
       // The exchange takes about as long as memory does, so that one step's values are enough.
       if constexpr (X::kParts) fetch(step + 1, next);
       if constexpr (X::kParts && !X::kScatters)
@@ -167,37 +178,37 @@ struct BackwardPass {
     }
   }
 
-  SK_DEVICE void retreat(int64_t t, int e, const Kept& kept, S* to, S* dg) {
+  // Without a branch, as the forward: what is not alive has dg = 0 and keeps its gradients.
+  SK_DEVICE void retreat(bool alive, int e, const Kept& kept, S* to, S* dg) {
     float found[K::kColumns];
+    step_cell(alive, kept, e, found);
     SK_UNROLL
-    for (int q = 0; q < K::kColumns; ++q) found[q] = 0.0f;
-    if (me.alive(t, e)) step_cell(kept, e, found);
-    SK_UNROLL
-    for (int q = 0; q < K::kColumns; ++q) device::from_float(dg[q], found[q]);
-    if (!me.mine(e)) return;
+    for (int q = 0; q < K::kColumns; ++q) device::from_float(dg[q], alive ? found[q] : 0.0f);
+    if (me.length[e] == 0) return;
     SK_UNROLL
     for (int gate = 0; gate < G; ++gate)
       device::store(to + me.local_row(e) * p.s.plan.row + gate * p.s.plan.width + column(e),
                     device::operand(dg[K::column(gate)]));
   }
 
-  SK_DEVICE void keep(int64_t t, const S (&dg)[4][K::kColumns]) const {
+  SK_DEVICE void keep(int t, const S (&dg)[4][K::kColumns]) const {
+    const int H = int(p.s.H);
+    S* const to = static_cast<S*>(p.dg) + in_rows_of(me.row_at(t), K::kColumns);
     SK_UNROLL
     for (int e = 0; e < 4; ++e) {
       if (!me.alive(t, e)) continue;
-      const int64_t H = p.s.H, at = me.d * p.s.N + me.offset(t) + me.row(e);
       SK_UNROLL
       for (int q = 0; q < K::kColumns; ++q)
-        device::store(static_cast<S*>(p.dg) + (at * K::kColumns + q) * H + me.unit(e), dg[e][q]);
+        device::store(to + me.beside(e, K::kColumns * H) + q * H, dg[e][q]);
     }
   }
 
   // Of a unit in a copy.
   SK_DEVICE int column(int e) const {
-    return int(me.unit(e)) - (X::kScatters ? device::block_x() * p.s.plan.units : 0);
+    return me.unit(e) - (X::kScatters ? device::block_x() * p.s.plan.units : 0);
   }
 
-  SK_DEVICE void step_cell(const Kept& kept, int e, float* dg) {
+  SK_DEVICE void step_cell(bool alive, const Kept& kept, int e, float* dg) {
     CellGradient k{};
     if (K::kSaved) {
       SK_UNROLL
@@ -209,7 +220,8 @@ struct BackwardPass {
     k.dh = dh[e] + device::to_float(kept.dy);
     k.dc = dc[e];
     K::backward(k, dg, p.s.relu);
-    dh[e] = k.dh, dc[e] = k.dc;
+    dh[e] = alive ? k.dh : dh[e];
+    dc[e] = alive ? k.dc : dc[e];
   }
 };
 
@@ -219,7 +231,7 @@ recurrent_backward(const BackwardCall p) {
   if constexpr (X::kExists) {
     char* const shared = device::shared_memory();
     const int d = direction_of<X::kParts>(p.s);
-    const typename BackwardPass<M, S, X>::Products product(p.s.plan, p.w_hh[d], p.s.H, shared);
+    const typename BackwardPass<M, S, X>::Products product(p.s.plan, p.w_hh[d], int(p.s.H), shared);
     const X exchange(p.s, shared);
     BackwardPass<M, S, X> pass(p, shared);
     pass.prepare();

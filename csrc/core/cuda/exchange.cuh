@@ -56,10 +56,10 @@ struct Grid {
     return reinterpret_cast<uint32_t*>(copy + row * plan.row) + column;
   }
 
-  SK_DEVICE uint64_t* slot(int64_t step) const { return words + (step & 1) * (plan.words / 2); }
+  SK_DEVICE uint64_t* slot(int step) const { return words + (step & 1) * (plan.words / 2); }
 
   template <class S, int R>
-  SK_DEVICE void send(S* copy, int64_t step) const {
+  SK_DEVICE void send(S* copy, int step) const {
     constexpr int kValues = 4 / sizeof(S);
     const int thread = device::thread_index(), row = thread % kSliceRows;
     const int columns = plan.depth / kValues, own = plan.units / kValues;
@@ -75,7 +75,7 @@ struct Grid {
   }
 
   template <class S, int R>
-  SK_DEVICE void receive(S* copy, int64_t step) const {
+  SK_DEVICE void receive(S* copy, int step) const {
     constexpr int kValues = 4 / sizeof(S);
     const int thread = device::thread_index(), row = thread % kSliceRows;
     const int columns = plan.depth / kValues, others = columns - plan.units / kValues;
@@ -147,14 +147,14 @@ struct Cluster {
   }
 
   // Until all of a step has arrived.
-  SK_DEVICE void await(int64_t step) const {
+  SK_DEVICE void await(int step) const {
     uint64_t* const barrier = barriers + (step & 1);
     device::barrier_wait(barrier, uint32_t((step - 1) / 2 & 1));
     if (device::thread_index() == 0) device::barrier_expect(barrier, plan.arriving);
   }
 
   template <class S, int R>
-  SK_DEVICE void send(S* copy, int64_t step) const {
+  SK_DEVICE void send(S* copy, int step) const {
     static_assert(R == 1, "the backward sends parts of sums");
     constexpr int kValues = 16 / sizeof(S);
     const int lane = device::thread_index() % 32, row = lane % kSliceRows;
@@ -171,11 +171,11 @@ struct Cluster {
     }
   }
   template <class S, int R>
-  SK_DEVICE void receive(S*, int64_t step) const {
+  SK_DEVICE void receive(S*, int step) const {
     await(step);
   }
 
-  SK_DEVICE float* slot(int64_t step, int member, int group) const {
+  SK_DEVICE float* slot(int step, int member, int group) const {
     const int which = (int(step & 1) * plan.members + member) * plan.groups + group;
     return parts + (which * 32 + device::thread_index() % 32) * 4;
   }
@@ -183,7 +183,7 @@ struct Cluster {
   SK_DEVICE static int turn() { return device::thread_index() % 32 / 8; }
 
   // A warp's sums for the units of one group of `member`, by all of its lanes.
-  SK_DEVICE void send(int64_t step, int member, int group, const float (&sums)[4]) const {
+  SK_DEVICE void send(int step, int member, int group, const float (&sums)[4]) const {
     uint32_t once[4];
     device::Words4 words;
     SK_UNROLL
@@ -195,7 +195,7 @@ struct Cluster {
   }
 
   // Value e of what `member` sent for a group of this block, after await().
-  SK_DEVICE float part(int64_t step, int member, int group, int e) const {
+  SK_DEVICE float part(int step, int member, int group, int e) const {
     return device::load(slot(step, member, group) + (e + turn()) % 4);
   }
 };

@@ -35,30 +35,41 @@ SK_DEVICE Lane this_lane(const Plan& plan) {
   return me;
 }
 
-// The weight between output `unit` and input k of gate q; 0 beyond the matrix.
+// The weight between output `unit` and input k of gate q; 0 beyond the matrix. What blocks keep for
+// a whole sequence has far fewer than 2^31 values.
 template <class S, bool kTransposed>
-SK_DEVICE S weight(const void* w, int64_t H, int q, int64_t unit, int64_t k) {
+SK_DEVICE S weight(const void* w, int H, int q, int unit, int k) {
   S zero;
   device::from_float(zero, 0.0f);
   if (unit >= H || k >= H) return zero;
-  const int64_t at = kTransposed ? (q * H + k) * H + unit : (q * H + unit) * H + k;
+  const int at = kTransposed ? (q * H + k) * H + unit : (q * H + unit) * H + k;
   return device::load(static_cast<const S*>(w) + at);
+}
+
+// Whether rows of W_hh begin at whole words of two values.
+SK_DEVICE bool whole_words(const void* w, int H) {
+  return H % 2 == 0 && reinterpret_cast<uintptr_t>(w) % 4 == 0;
 }
 
 // A lane's words of the weights of gate q between output units `unit`, `unit` + 8, ... of a warp
 // and one tile of k, which begins at word `first` of four bytes: operands.
 template <class S, bool kTransposed>
-SK_DEVICE void load_tile(const void* w, int64_t H, int q, int64_t unit, int64_t first,
-                         uint32_t (&a)[4]) {
+SK_DEVICE void load_tile(const void* w, int H, int q, int unit, int first, uint32_t (&a)[4]) {
   constexpr int kValues = 4 / sizeof(S);
+  const bool whole = kValues == 2 && !kTransposed && whole_words(w, H);
   SK_UNROLL
   for (int i = 0; i < 4; ++i) {
-    const int64_t k = (first + device::thread_index() % 4 + i / 2 * 4) * kValues;
-    const S low = weight<S, kTransposed>(w, H, q, unit + i % 2 * 8, k);
+    const int k = (first + device::thread_index() % 4 + i / 2 * 4) * kValues;
+    const int of = unit + i % 2 * 8;
     if constexpr (kValues == 1) {
-      a[i] = device::operand(low).bits;
+      a[i] = device::operand(weight<S, kTransposed>(w, H, q, of, k)).bits;
+    } else if (whole) {
+      const bool inside = of < H && k < H;
+      a[i] =
+          inside ? device::load(static_cast<const uint32_t*>(w) + ((q * H + of) * H + k) / 2) : 0;
     } else {
-      const S high = weight<S, kTransposed>(w, H, q, unit + i % 2 * 8, k + 1);
+      const S low = weight<S, kTransposed>(w, H, q, of, k);
+      const S high = weight<S, kTransposed>(w, H, q, of, k + 1);
       a[i] = low.bits | uint32_t(high.bits) << 16;
     }
   }
@@ -87,7 +98,7 @@ struct Product {
   int tiles, apart, row;  // words between the gates of a row of dg, and between rows
   Lane me;
 
-  SK_DEVICE Product(const Plan& plan, const void* w, int64_t H, char* shared)
+  SK_DEVICE Product(const Plan& plan, const void* w, int H, char* shared)
       : apart(plan.depth / kValues), row(plan.row / kValues), me(this_lane<kParts>(plan)) {
     tiles = me.tiles;
     const int before = kParts ? plan.parts[device::thread_index() / 32].rest
@@ -102,17 +113,16 @@ struct Product {
     if (kParts) device::sync_threads();
     SK_NO_UNROLL
     for (int tile = kHeld; tile < tiles; ++tile) {
-      SK_NO_UNROLL
-      for (int q = 0; q < G; ++q) {
-        device::Words4 words;
-        load(w, H, q, tile, words.v);
-        device::store(rest + ((tile - kHeld) * G + q) * 32, words);
-      }
+      device::Words4 words[G];  // all on their way before the first is stored
+      SK_UNROLL
+      for (int q = 0; q < G; ++q) load(w, H, q, tile, words[q].v);
+      SK_UNROLL
+      for (int q = 0; q < G; ++q) device::store(rest + ((tile - kHeld) * G + q) * 32, words[q]);
     }
   }
 
-  SK_DEVICE void load(const void* w, int64_t H, int q, int tile, uint32_t (&a)[4]) const {
-    load_tile<S, kTransposed>(w, H, q, me.unit, int64_t(me.tile + tile) * kTileWords, a);
+  SK_DEVICE void load(const void* w, int H, int q, int tile, uint32_t (&a)[4]) const {
+    load_tile<S, kTransposed>(w, H, q, me.unit, (me.tile + tile) * kTileWords, a);
   }
 
   // `b`: the rows of h, or of dg with the gates side by side, `depth` apart; operands.
@@ -174,7 +184,7 @@ struct Product<float, G, kTransposed, kParts> {
   int depth, row, quads, first;  // of four k: of this warp, and where those begin
   Lane me;
 
-  SK_DEVICE Product(const Plan& plan, const void* w, int64_t H, char* shared)
+  SK_DEVICE Product(const Plan& plan, const void* w, int H, char* shared)
       : depth(plan.depth), row(plan.row), me(this_lane<kParts>(plan)) {
     quads = me.tiles * (kTileWords / 4), first = me.tile * (kTileWords / 4);
     device::Floats4* mine = reinterpret_cast<device::Floats4*>(shared) +

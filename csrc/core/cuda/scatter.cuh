@@ -23,7 +23,7 @@ struct Outputs {
 
   // Sends a part on, unless the last pair has one tile alone; clears it for the next tile.
   template <class X>
-  SK_DEVICE void send(const X& exchange, int64_t step, float (&sums)[4]) {
+  SK_DEVICE void send(const X& exchange, int step, float (&sums)[4]) {
     if (member < plan.members) exchange.send(step, member, group, sums);
     if (++group == plan.groups) group = 0, ++member;
     SK_UNROLL
@@ -44,7 +44,7 @@ struct Scatter {
   device::Words4* rest;
   int chunks;
 
-  SK_DEVICE Scatter(const Plan& plan_, const void* w, int64_t H, char* shared)
+  SK_DEVICE Scatter(const Plan& plan_, const void* w, int H, char* shared)
       : plan(plan_),
         part(plan.parts[device::thread_index() / 32]),
         rest(reinterpret_cast<device::Words4*>(shared) + device::thread_index() % 32),
@@ -60,10 +60,12 @@ struct Scatter {
     SK_NO_UNROLL
     for (int c = kHeld; c < chunks; ++c) {
       SK_NO_UNROLL
-      for (int i = 0; i < kPair * G; ++i) {
-        device::Words4 words;
-        load(w, H, c, i / G, i % G, words.v);
-        device::store(at(c, i / G, i % G), words);
+      for (int i = 0; i < kPair; ++i) {
+        device::Words4 words[G];  // all on their way before the first is stored
+        SK_UNROLL
+        for (int q = 0; q < G; ++q) load(w, H, c, i, q, words[q].v);
+        SK_UNROLL
+        for (int q = 0; q < G; ++q) device::store(at(c, i, q), words[q]);
       }
     }
   }
@@ -72,16 +74,16 @@ struct Scatter {
     return rest + ((chunk - kHeld) * kPair * G + i * G + q) * 32;
   }
 
-  SK_DEVICE void load(const void* w, int64_t H, int chunk, int i, int q, uint32_t (&a)[4]) const {
+  SK_DEVICE void load(const void* w, int H, int chunk, int i, int q, uint32_t (&a)[4]) const {
     const int output = (part.first + chunk / plan.tiles) * kPair + i;
-    const int64_t first = device::block_x() * plan.units / kValues;
+    const int first = device::block_x() * plan.units / kValues;
     load_tile<S, true>(w, H, q, output * kWarpUnits + device::thread_index() % 32 / 4,
                        first + chunk % plan.tiles * kTileWords, a);
   }
 
   // `dg`: rows with the gates of the block's own units side by side; operands.
   template <class X>
-  SK_DEVICE void run(const S* dg, const X& exchange, int64_t step) const {
+  SK_DEVICE void run(const S* dg, const X& exchange, int step) const {
     const int lane = device::thread_index() % 32;
     const uint32_t* const b =
         reinterpret_cast<const uint32_t*>(dg) + lane / 4 * (plan.row / kValues) + lane % 4;
@@ -135,7 +137,7 @@ struct Scatter<float, G> {
   device::Floats4* weights;  // of the warp
   int quads, count;          // of four k in a gate; of output tiles
 
-  SK_DEVICE Scatter(const Plan& plan_, const void* w, int64_t H, char* shared)
+  SK_DEVICE Scatter(const Plan& plan_, const void* w, int H, char* shared)
       : plan(plan_),
         part(plan.parts[device::thread_index() / 32]),
         weights(reinterpret_cast<device::Floats4*>(shared)),
@@ -158,7 +160,7 @@ struct Scatter<float, G> {
   }
 
   template <class X>
-  SK_DEVICE void run(const float* dg, const X& exchange, int64_t step) const {
+  SK_DEVICE void run(const float* dg, const X& exchange, int step) const {
     const int lane = device::thread_index() % 32;
     const device::Floats4* x[2];
     SK_UNROLL

@@ -25,41 +25,46 @@ SK_DEVICE int direction_of(const Sequence& s) {
 //
 // kParts: where several warps share a group of units, each element has one of them that knows its
 // state and computes its cell.
+//
+// T and B have 31 bits (recurrent_cuda.cpp sees to that), so that steps and rows are int; what
+// counts the elements of a tensor is not.
 template <bool kParts>
 struct Slice {
   const Sequence& s;
   const Lane lane;
   const int d;
-  int64_t first, steps, length[2];
+  int first, steps;
+  int length[4];  // of the row of each element; 0 where it is not this thread's, or does not exist
 
   SK_DEVICE explicit Slice(const Sequence& s_)
       : s(s_), lane(this_lane<kParts>(s_.plan)), d(direction_of<kParts>(s_)) {
     first = kParts ? (s.first + device::block_y()) / int(s.D) : device::block_x();
     first *= kSliceRows;
-    steps = s.lengths ? device::load(s.lengths + first) : s.T;
+    steps = int(s.lengths ? device::load(s.lengths + first) : s.T);
     SK_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int64_t b = first + lane.row + i;
-      length[i] = b >= s.B ? 0 : s.lengths ? device::load(s.lengths + b) : s.T;
-    }
+    for (int e = 0; e < 4; ++e)
+      length[e] = int(!exists(e) ? 0 : s.lengths ? device::load(s.lengths + row(e)) : s.T);
   }
 
-  SK_DEVICE int64_t unit(int e) const { return lane.unit + e / 2 * 8; }
+  SK_DEVICE int unit(int e) const { return lane.unit + e / 2 * 8; }
   SK_DEVICE int local_row(int e) const { return lane.row + e % 2; }
-  SK_DEVICE int64_t row(int e) const { return first + local_row(e); }
+  SK_DEVICE int row(int e) const { return first + local_row(e); }
   SK_DEVICE int owner(int e) const { return e * lane.splits / 4; }
   SK_DEVICE bool owns(int e) const { return !kParts || owner(e) == lane.split; }
   SK_DEVICE bool mine(int e) const { return unit(e) < s.H && owns(e); }
   SK_DEVICE bool exists(int e) const { return row(e) < s.B && mine(e); }
-  SK_DEVICE bool alive(int64_t t, int e) const { return t < length[e % 2] && mine(e); }
-  // Of this thread's units and rows, which the threads of other parts have too.
-  SK_DEVICE int place() const { return lane.group * 32 + lane.lane; }
-  SK_DEVICE int places() const { return kParts ? s.plan.groups * 32 : device::thread_count(); }
+  SK_DEVICE bool alive(int t, int e) const { return t < length[e]; }
+  // Where a value of this thread's units and rows stands, of `each` such for a group, the lanes
+  // side by side: the same for the threads of all parts.
+  SK_DEVICE int place(int each) const { return lane.group * each * 32 + lane.lane; }
 
-  SK_DEVICE int64_t time(int64_t step) const { return d == 0 ? step : steps - 1 - step; }
-  SK_DEVICE int64_t offset(int64_t t) const {
-    return s.offsets ? device::load(s.offsets + t) : t * s.B;
+  SK_DEVICE int time(int step) const { return d == 0 ? step : steps - 1 - step; }
+  // Of element 0 at time t, among the rows of all steps; those of element 1 are the next.
+  SK_DEVICE int64_t row_at(int t) const {
+    return (s.offsets ? device::load(s.offsets + t) : t * s.B) + row(0);
   }
+  // Between element e and element 0, in a tensor whose rows are so far apart.
+  SK_DEVICE int64_t beside(int e, int64_t apart) const { return e % 2 * apart + e / 2 * 8; }
 
   // Of a (D, B, H) tensor, or 0 where it is null or the value does not exist.
   template <class S>
@@ -93,9 +98,10 @@ SK_DEVICE void clear_states(S* states, const Plan& plan) {
 template <int V>
 SK_DEVICE void add_partials(const Slice<true>& me, float* partials, float (&sums)[V][4]) {
   // The owner of an element hands nothing over.
+  float* const mine = partials + me.place(V * 4);
   auto at = [&](int split, int v, int e) {
-    return partials + (((split - (split > me.owner(e))) * V + v) * 4 + e) * me.places() +
-           me.place();
+    const int part = split - (split > me.owner(e));
+    return mine + part * me.s.plan.groups * V * 4 * 32 + (v * 4 + e) * 32;
   };
   SK_UNROLL
   for (int e = 0; e < 4; ++e) {
