@@ -21,7 +21,7 @@ using namespace seqkern::cuda;
 
 namespace {
 
-constexpr int kWarmUp = 100, kSteps = 20000, kRepeats = 5;
+constexpr int kWarmUp = 100, kSteps = 5000, kRepeats = 5;
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -39,7 +39,7 @@ scatter_steps(const Sequence s, int64_t steps, int* wrong) {
     const Cluster exchange(s, device::shared_memory());
     exchange.prepare();
     float total = 0.0f;
-    for (int64_t step = 1; step <= steps; ++step) {
+    for (int step = 1; step <= steps; ++step) {
       device::sync_threads();
       Outputs outputs(plan, part);
       for (int i = 0; i < kPair * part.count; ++i) {
@@ -74,7 +74,7 @@ exchange_steps(const Sequence s, int64_t steps, int* wrong) {
     const X exchange(s, device::shared_memory());
     device::sync_threads();
     exchange.prepare();
-    for (int64_t step = 1; step <= steps; ++step) {
+    for (int step = 1; step <= steps; ++step) {
       device::sync_threads();
       if constexpr (X::kParts) {
         exchange.template send<bf16, R>(copies + step % X::kCopies * copy, step);
