@@ -28,13 +28,6 @@ NAME = re.compile(
 
 # The 65536 of a multiprocessor over the threads of a block, and what an instruction can name.
 REGISTERS = {"block": 168, "cluster": 255, "grid": 255}
-# Bytes that go through memory, stores and loads, by (skeleton, pass, cell, dtype) and card: 8 are
-# stored and read again before the steps.
-SPILLED = {
-    (("cluster", "backward", "LSTM", dtype), arch): 16
-    for dtype in ("bfloat16", "float16")
-    for arch in ("sm_90a", "sm_100")
-}
 # Bytes of shared memory that a block may ask for.
 SHARED = {"sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 CARDS = {"block": assembled.ARCHS, "cluster": assembled.ARCHS[1:], "grid": assembled.ARCHS}
@@ -43,7 +36,7 @@ EVERY = [(skeleton, arch) for skeleton, archs in CARDS.items() for arch in archs
 PASSED = {
     "block": {},
     "cluster": {"STAS.128": None, "SYNCS": None, "UCGABAR_ARV": 1},
-    "grid": {"STG.E.64.STRONG.GPU": 1, "LDG.E.64.STRONG.GPU": 4},
+    "grid": {"STG.E.64.STRONG.GPU": 1, "LDG.E.64.STRONG.GPU": 8},
 }
 
 
@@ -87,9 +80,7 @@ def test_every_kernel_keeps_its_budget(skeleton, arch):
         product = "FFMA" if dtype == "float32" else "HMMA"
         wanted = [product, "BAR", "LDS"] + ["LDGSTS"] * (which == "forward")
         # CALL: a slow path of a division or the like; the others: local memory and float atomics.
-        allowed = SPILLED.get(((skeleton, which, cell, dtype), arch), 0)
-        refused = ["CALL", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"]
-        refused += ["LDL", "STL"] * (allowed == 0)
+        refused = ["CALL", "LDL", "STL", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"]
         refused += ["HMMA"] * (dtype == "float32")
         refused += [name for of in PASSED.values() for name in of if name not in PASSED[skeleton]]
         wrong = [f"no {name}" for name in wanted if not used.count(name)]
@@ -99,7 +90,7 @@ def test_every_kernel_keeps_its_budget(skeleton, arch):
                 wrong.append(f"{n} {name}")
         if used.registers > REGISTERS[skeleton]:
             wrong.append(f"{used.registers} registers")
-        if used.stack > allowed or used.spilled > allowed:
+        if used.stack or used.spilled:
             wrong.append(f"{used.stack} bytes of stack, {used.spilled} spilled")
         if wrong:
             over.append(f"{which} {cell} {dtype}: {', '.join(wrong)}")

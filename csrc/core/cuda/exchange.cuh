@@ -38,7 +38,7 @@ struct Grid {
   static constexpr int kWarps = kTeamWarps;
   // One, since the words have the slots: the block reads it and refills it between barriers.
   static constexpr int kCopies = 1;
-  static constexpr int kAtOnce = 4;  // words under way in a thread
+  static constexpr int kAtOnce = 8;  // words under way in a thread
 
   const Plan& plan;
   uint64_t* const words;
@@ -50,9 +50,9 @@ struct Grid {
 
   // Word and place of a column of four bytes: eight rows of a column are 64 bytes side by side, and
   // the banks of a warp's four columns differ.
-  SK_DEVICE static int64_t at(int64_t column, int row) { return column * kSliceRows + row; }
+  SK_DEVICE static int at(int column, int row) { return column * kSliceRows + row; }
   template <class S>
-  SK_DEVICE uint32_t* place(S* copy, int64_t column, int row) const {
+  SK_DEVICE uint32_t* place(S* copy, int column, int row) const {
     return reinterpret_cast<uint32_t*>(copy + row * plan.row) + column;
   }
 
@@ -88,35 +88,36 @@ struct Grid {
     device::sync_threads();
   }
 
-  // Up to kAtOnce words of the other blocks, column i of them first; again until all have come.
+  // Up to kAtOnce words of the other blocks, column i of them first; again those that have not
+  // come.
   template <class S>
   SK_DEVICE void collect(S* copy, const uint64_t* from, int before, int row, int i, int stride,
-                         uint64_t tag) const {
+                         uint32_t tag) const {
     constexpr int kValues = 4 / sizeof(S);
     const int own = plan.units / kValues, first = device::block_x() * own;
     const int others = plan.depth / kValues - own;
-    int column[kAtOnce];
-    SK_UNROLL
-    for (int j = 0; j < kAtOnce; ++j) {
+    auto column = [&](int j) {
       const int other = i + j * stride;
-      column[j] = other >= others ? -1 : other < first ? other : other + own;
-    }
+      return other < first ? other : other + own;
+    };
     uint64_t word[kAtOnce];
+    SK_UNROLL
+    for (int j = 0; j < kAtOnce; ++j)  // beyond the last there is nothing to come
+      word[j] = i + j * stride < others ? 0 : uint64_t(tag) << 32;
     for (bool all = false; !all;) {
       all = true;
       SK_UNROLL
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (column[j] < 0) continue;
-        word[j] = device::load_word(from + at(column[j], 0));
-      }
+      for (int j = 0; j < kAtOnce; ++j)
+        if (word[j] >> 32 != tag) word[j] = device::load_word(from + at(column(j), 0));
       SK_UNROLL
       for (int j = 0; j < kAtOnce; ++j)
-        if (column[j] >= 0 && word[j] >> 32 != tag) all = false;
+        if (word[j] >> 32 != tag) all = false;
       if (!all) device::pause();
     }
     SK_UNROLL
     for (int j = 0; j < kAtOnce; ++j)
-      if (column[j] >= 0) device::store(place(copy, before + column[j], row), uint32_t(word[j]));
+      if (i + j * stride < others)
+        device::store(place(copy, before + column(j), row), uint32_t(word[j]));
   }
 };
 
