@@ -42,7 +42,7 @@ inline void store_word(uint64_t* p, uint64_t word, SIMT_PLACE) {
   simt::block().check(p, 8, true, SIMT_AT);
   simt::block().team->store_word(p, word);
 }
-inline void pause(SIMT_PLACE) { simt::block().poll(SIMT_AT); }
+inline void pause(uint32_t, SIMT_PLACE) { simt::block().poll(SIMT_AT); }
 
 inline void sync_cluster(SIMT_PLACE) { simt::block().team_barrier(SIMT_AT); }
 inline simt::Counter& counter_of(const uint64_t* barrier, simt::Place at) {

@@ -89,7 +89,7 @@ void pass_words(const float* x, float* y, uint64_t awaited) {
     store_word(words + i, uint64_t(1) << 32 | to_bits(load(x + i)));
     return;
   }
-  while ((word = load_word(words + i)) >> 32 != awaited) pause();
+  while ((word = load_word(words + i)) >> 32 != awaited) pause(0);
   store(y + i, from_bits(uint32_t(word)));
 }
 void words_awaited(const float* x, float* y) { pass_words(x, y, 1); }
@@ -130,7 +130,7 @@ void read_too_early(const float* x, float* y) {
     send(x);
     store_word(words + thread_index(), 1);
   } else {
-    while (load_word(words + thread_index()) == 0) pause();
+    while (load_word(words + thread_index()) == 0) pause(0);
     store(y + thread_index(), load(floats() + thread_index()));
   }
 }

@@ -101,8 +101,15 @@ SK_DEVICE uint64_t load_word(const uint64_t* p) {
 SK_DEVICE void store_word(uint64_t* p, uint64_t word) {
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(word) : "memory");
 }
-// Between two looks at what another block writes.
-SK_DEVICE void pause() {}
+// Nothing ends a wait for what never comes. With -DSEQKERN_SPIN_LIMIT, say by NVCC_APPEND_FLAGS for
+// a first run on a card, a kernel that has looked so often is stopped, and its launch fails.
+SK_DEVICE void end_spin([[maybe_unused]] uint32_t looks) {
+#ifdef SEQKERN_SPIN_LIMIT
+  if (looks >> 24) __trap();
+#endif
+}
+// Between two looks at what another block writes, the first of them number 0.
+SK_DEVICE void pause(uint32_t looks) { end_spin(looks); }
 
 // Clusters of blocks, along x: from compute capability 9.0 on.
 #if __CUDA_ARCH__ >= 900
@@ -134,7 +141,8 @@ SK_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
 // which its own shared memory needs; .acquire.cluster would drop the L1 cache besides.
 SK_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t ended = 0;
-  while (!ended)
+  for (uint32_t looks = 0; !ended; ++looks) {
+    end_spin(looks);
     asm volatile(
         "{ .reg .pred p;\n"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
@@ -142,6 +150,7 @@ SK_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
         : "=r"(ended)
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
+  }
 }
 // Stores into the shared memory of another block of the cluster, at this block's addresses: `value`
 // at `to`, then 16 bytes are seen by `barrier`.

@@ -104,7 +104,8 @@ struct Grid {
     SK_UNROLL
     for (int j = 0; j < kAtOnce; ++j)  // beyond the last there is nothing to come
       word[j] = i + j * stride < others ? 0 : uint64_t(tag) << 32;
-    for (bool all = false; !all;) {
+    bool all = false;
+    for (uint32_t looks = 0; !all; ++looks) {
       all = true;
       SK_UNROLL
       for (int j = 0; j < kAtOnce; ++j)
@@ -112,7 +113,7 @@ struct Grid {
       SK_UNROLL
       for (int j = 0; j < kAtOnce; ++j)
         if (word[j] >> 32 != tag) all = false;
-      if (!all) device::pause();
+      if (!all) device::pause(looks);
     }
     SK_UNROLL
     for (int j = 0; j < kAtOnce; ++j)
