@@ -457,8 +457,7 @@ def test_error_of_one_tanh_of_few_queries() -> None:
 
 @pytest.mark.parametrize("tanh", ["shared", "single", "few"])
 def test_error_bounds_of_the_instructions(tanh: str) -> None:
-    """In numpy: what an error of one unit in the last place of every reciprocal does to tanh, with
-    one of 1.1 * 2^-23 of every exponential, or with few queries of 2^-22."""
+    """In numpy, of reciprocals a unit off, and exponentials 1.1 * 2^-23, with few queries 2^-22."""
     generator = np.random.default_rng(0)
     x, y = generator.uniform(-10, 10, (2, 10**6)).astype(np.float32)
     wrong = 1 + generator.choice([-1, 1], (2, 10**6)) * 1.1 * 2.0**-23
