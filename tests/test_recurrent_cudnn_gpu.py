@@ -12,7 +12,7 @@ from torch import Tensor
 import seqkern
 from seqkern.ops import _recurrent_cudnn as cudnn
 from seqkern.testing import assert_within_budget, neighbours
-from tests.cuda_graph import capture
+from tests.cuda_graph import capture, check_captured_training
 from tests.cudnn_cases import assert_right, results, rows, use_table
 from tests.simt.emulator import Kind
 from tests.test_cuda_kernels import DTYPES, KINDS, Problem
@@ -131,29 +131,7 @@ def test_graphs_of_a_dense_batch(calls, H: int) -> None:
         graph, captured = capture(lambda: layer(x)[0])
         graph.replay()
     torch.testing.assert_close(captured, expected)
-
-    def trained(layer: torch.nn.Module) -> Callable[[], Tensor]:
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-
-        def step() -> Tensor:
-            optimizer.zero_grad()
-            loss = layer(x)[0].square().mean()
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return step
-
-    twin = copy.deepcopy(layer)
-    plain = trained(twin)
-    graph, loss = capture(trained(layer))
-    for _ in range(2):  # as many as `capture` takes
-        plain()
-    for _ in range(2):
-        x.copy_(torch.randn(x.shape))
-        graph.replay()
-        torch.testing.assert_close(loss, plain())
-    torch.testing.assert_close(list(layer.parameters()), list(twin.parameters()))
+    check_captured_training(layer, x)
 
 
 @every_layer

@@ -15,7 +15,7 @@ from torch import Tensor
 import seqkern
 from seqkern.ops import _recurrent_block as block
 from seqkern.testing import assert_within_budget, neighbours
-from tests.cuda_graph import capture
+from tests.cuda_graph import capture, check_captured_training
 from tests.simt.emulator import Kind
 from tests.test_cuda_kernels import DTYPES, KINDS, Problem, Results, named
 
@@ -139,32 +139,7 @@ def test_a_graph_and_another_stream_give_the_bits_of_a_plain_call(H: int) -> Non
 
 @pytest.mark.parametrize("H", HIDDEN)
 def test_a_captured_training_step(H: int) -> None:
-    """Forward, backward and the optimizer's step, replayed on other inputs."""
-    x = torch.randn(5, 3, 8, device=DEVICE)
-
-    def trained(layer: torch.nn.Module) -> Callable[[], Tensor]:
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
-
-        def step() -> Tensor:
-            optimizer.zero_grad()
-            loss = layer(x)[0].square().mean()
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return step
-
-    layer = seqkern.nn.LSTM(8, H).to(DEVICE)
-    twin = copy.deepcopy(layer)
-    plain = trained(twin)
-    graph, loss = capture(trained(layer))
-    for _ in range(2):  # as many as `capture` takes
-        plain()
-    for _ in range(3):
-        x.copy_(torch.randn(x.shape))
-        graph.replay()
-        torch.testing.assert_close(loss, plain())
-    torch.testing.assert_close(list(layer.parameters()), list(twin.parameters()))
+    check_captured_training(seqkern.nn.LSTM(8, H).to(DEVICE), torch.randn(5, 3, 8, device=DEVICE))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
