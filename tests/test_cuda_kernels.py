@@ -308,24 +308,6 @@ def test_large_values_saturate_and_nan_stays_in_its_row(mode: str) -> None:
     torch.testing.assert_close(results[0][:, rest], exact["y"][:, rest].float())
 
 
-@pytest.mark.parametrize("skeleton", ["block", "cluster", "grid"])
-@every_mode
-def test_nan_of_a_row_that_ends_early_stays_there(mode: str, skeleton: str) -> None:
-    """The kernels compute the cells of rows that are not alive, too."""
-    clean = Problem(mode, torch.bfloat16, lengths=(4, 2, 1), H=20, D=2)
-    bad = clean.replaced(t.clone() for t in clean.tensors())
-    ends, rest, steps = 1, [0, 2], [0, 2, 3, 5, 6]  # row 1 has rows 1 and 4 of the steps' seven
-    bad.x[[1, 4]] = bad.grads[0][[1, 4]] = bad.grads[1][:, ends] = torch.nan
-    bad.h0[:, ends] = torch.nan
-    got, expected = bad.block(0, skeleton), clean.block(0, skeleton)
-    for name in ("y", "dx"):
-        assert torch.equal(got[name][steps], expected[name][steps]), name
-        assert got[name][[1, 4]].isnan().all(), name
-    for name in ("h_n", "dh0"):
-        assert torch.equal(got[name][:, rest], expected[name][:, rest]), name
-        assert got[name][:, ends].isnan().all(), name
-
-
 def test_gradients_that_nobody_needs_are_left_out() -> None:
     p = Problem("GRU", torch.float32, T=2, B=2, H=5)
     args = (p.x, None, p.h0, None, p.weights)
