@@ -86,9 +86,9 @@ def add_queries(
 ):  # fmt: skip
     """Adds what the query tiles [first, last), or those listed there, give to dk and dv.
 
-    Of head of.h + only; GROUPED: of each of the `group` heads from of.h on. One loop over heads
-    and tiles leaves more registers than one in the other. It must not start at the constant 0:
-    with two such loops ptxas 12.8 waits for every single product (its C7515).
+    Of head of.h + only; GROUPED, without a list: of each of the `group` heads from of.h on. One
+    loop over heads and tiles leaves more registers than one in the other. It must not start at the
+    constant 0: with two such loops ptxas 12.8 waits for every single product (its C7515).
     """
     BLOCK_M: tl.constexpr = C.BLOCK_M
     PRECISION: tl.constexpr = C.PRECISION
