@@ -308,6 +308,16 @@ def test_large_values_saturate_and_nan_stays_in_its_row(mode: str) -> None:
     torch.testing.assert_close(results[0][:, rest], exact["y"][:, rest].float())
 
 
+@pytest.mark.parametrize("skeleton", ["block", "steps"])
+@every_mode
+def test_autocast_does_not_reach_into_the_ops(mode: str, skeleton: str) -> None:
+    p = Problem(mode, torch.float32, lengths=(3, 2), H=5, D=2)
+    expected = p.block(0, skeleton)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = p.block(0, skeleton)
+    assert all(torch.equal(got[name], t) for name, t in expected.items())
+
+
 def test_gradients_that_nobody_needs_are_left_out() -> None:
     p = Problem("GRU", torch.float32, T=2, B=2, H=5)
     args = (p.x, None, p.h0, None, p.weights)
